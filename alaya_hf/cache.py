@@ -1,0 +1,348 @@
+"""The cache that users pass as ``past_key_values``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+
+from alaya_hf.attention import CacheLength
+from alaya_hf.config import AlayaConfig
+from alaya_hf.errors import ConfigError, PromptMismatchError, UnsupportedMaskError, UnsupportedModelError
+from alaya_hf.layer import AlayaLayer, ForwardState
+from alaya_hf.patches import enable_once
+from alaya_hf.probes import Probe
+
+
+class AlayaCache(Cache):
+    """Retrieval-based sparse attention over an offloaded context, as an ordinary Transformers cache.
+
+    ``model.generate(**inputs, past_key_values=AlayaCache())`` is all there is to do. Prefill is exact; decoding attends
+    to a window and to the critical offloaded tokens of every step. Works with batches, sampling, beams, assisted decoding
+    and multi-turn use; layers lie on the devices of their keys.
+
+    Parameters
+    ----------
+    settings : AlayaConfig or str, optional
+        What to do, or the name of a preset. Default: the preset ``"alaya"``.
+    config : PreTrainedConfig, optional
+        The model's configuration, as for ``DynamicCache``: layers with sliding-window or linear attention get
+        Transformers' own layer classes. Without it the cache takes it from the model at the first forward pass.
+    probe : bool
+        Record what every layer and step does, see :meth:`stats`.
+    probe_recovery : bool
+        Also record the share of attention mass that was attended exactly; costs a dense pass per step.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown preset.
+    UnsupportedModelError
+        If ``config`` is of a model without rotary multi-head or grouped-query attention.
+
+    Notes
+    -----
+    The first AlayaCache of a process switches on the routing and the prompt guard of :mod:`alaya_hf.patches`, which touch
+    nothing unless an AlayaCache is passed.
+    """
+
+    def __init__(
+        self,
+        settings: AlayaConfig | str | None = None,
+        *,
+        config: PreTrainedConfig | None = None,
+        probe: bool = False,
+        probe_recovery: bool = False,
+    ) -> None:
+        if settings is None:
+            settings = "alaya"
+        if isinstance(settings, str):
+            settings = AlayaConfig.preset(settings)
+        if not isinstance(settings, AlayaConfig):
+            raise ConfigError(
+                f"AlayaCache takes an AlayaConfig or the name of a preset, but got {type(settings).__name__}. Pass a model's "
+                "configuration as AlayaCache(config=model.config)."
+            )
+        self.settings = settings
+        self._probe = probe or probe_recovery
+        self._probe_recovery = probe_recovery
+        self._forward = ForwardState()
+        self._bound = False
+        self._token_ids: Tensor | None = None
+        super().__init__(layers=[])
+        if config is not None:
+            self.bind(config)
+        enable_once()
+
+    @classmethod
+    def for_model(cls, model: Any, settings: AlayaConfig | str | None = None, **kwargs: Any) -> AlayaCache:
+        """A cache with the layer types of ``model``; other arguments as for the constructor."""
+        return cls(settings, config=model.config, **kwargs)
+
+    # Layers -----------------------------------------------------------------------------------------------------------
+
+    def _new_layer(self, layer_idx: int) -> AlayaLayer:
+        probe = Probe(recovery=self._probe_recovery) if self._probe else None
+        return AlayaLayer(self.settings.for_layer(layer_idx), layer_idx, self._forward, probe)
+
+    def bind(self, config: PreTrainedConfig | None) -> None:
+        """Take the layer types from a model's configuration, once; called by the mask functions.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If the model has no rotary multi-head or grouped-query attention.
+        """
+        if self._bound or config is None:
+            return
+        if getattr(config, "is_encoder_decoder", False):
+            raise UnsupportedModelError(
+                f"AlayaCache serves decoder-only models, but {type(config).__name__} is an encoder-decoder. "
+                "Use an EncoderDecoderCache."
+            )
+        decoder = config.get_text_config(decoder=True)
+        rotary = any(getattr(decoder, name, None) is not None for name in ("rope_parameters", "rope_theta", "rope_scaling"))
+        if not rotary:
+            raise UnsupportedModelError(
+                f"AlayaCache serves models with rotary multi-head or grouped-query attention, but {type(decoder).__name__} "
+                "declares no rotary embedding (rope_parameters). Use a DynamicCache for this model."
+            )
+        layers: list[Any] = list(DynamicCache(config=decoder).layers)
+        for idx, layer in enumerate(layers):
+            if type(layer) is DynamicLayer:
+                # A forward pass may have begun before the model was known.
+                known = self.layers[idx] if idx < len(self.layers) else None
+                layers[idx] = known if isinstance(known, AlayaLayer) else self._new_layer(idx)
+            elif idx < len(self.layers) and self.layers[idx].get_seq_length():
+                raise UnsupportedModelError(
+                    f"layer {idx} of {type(decoder).__name__} is a {type(layer).__name__}, but the cache already holds tokens "
+                    "of it with full attention. Use AlayaCache.for_model(model)."
+                )
+        self.layers = layers
+        self._bound = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        """See :meth:`AlayaLayer.update`; other layer types do what they do in Transformers."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(self._new_layer(len(self.layers)))
+        if layer_idx == 0 or not isinstance(self.layers[layer_idx - 1], AlayaLayer):
+            previous = self.layers[-1]
+        else:
+            previous = self.layers[layer_idx - 1]
+        if isinstance(previous, AlayaLayer):
+            previous.check_consumed()
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Length and offset of the keys a mask has to cover; the length carries a reference to this cache."""
+        if layer_idx >= len(self.layers):
+            return CacheLength.of(query_length, self), 0
+        length, offset = super().get_mask_sizes(query_length, layer_idx)
+        layer = self.layers[layer_idx]
+        if isinstance(layer, AlayaLayer) or not isinstance(layer, CacheLayerMixin):
+            return CacheLength.of(length, self), offset
+        return length, offset
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: no maximum, unless another kind of layer has one."""
+        if layer_idx is None and not self.layers:
+            return -1
+        return super().get_max_length(layer_idx)
+
+    def note_mask(self, mask: Tensor | None, new: int, length: int) -> None:
+        """Called by the mask functions before the layers run.
+
+        Parameters
+        ----------
+        mask : Tensor or None
+            ``[batch, length]`` (or longer), nonzero where a token is.
+        new : int
+            New tokens of the pass.
+        length : int
+            Columns with the new ones.
+
+        Raises
+        ------
+        UnsupportedMaskError
+            If the mask does not cover the cached tokens or changes what was padding among them.
+        """
+        self._forward.past, self._forward.valid = length - new, None
+        if mask is None:
+            known = next((layer for layer in self.layers if isinstance(layer, AlayaLayer)), None)
+            if known is not None and known._valid is not None:
+                raise UnsupportedMaskError(
+                    "the cache holds padded sequences, but no attention_mask was given. Pass one that covers the cached and "
+                    f"the new tokens: [batch, {length}]."
+                )
+            return
+        if mask.ndim != 2 or mask.shape[1] < length:
+            raise UnsupportedMaskError(
+                f"attention_mask must be [batch, {length}] (cached and new tokens), but got {tuple(mask.shape)}. Pass the mask "
+                "of the whole sequence."
+            )
+        valid = mask[:, :length].to("cpu", torch.bool)
+        self._check_past(valid[:, : length - new])
+        valid = valid[:, length - new :]
+        if not bool(valid.all()):
+            self._forward.valid = valid
+
+    def _check_past(self, past: Tensor) -> None:
+        layer = next((layer for layer in self.layers if isinstance(layer, AlayaLayer)), None)
+        if layer is None or not past.shape[1]:
+            return
+        same = bool(past.all()) if layer._valid is None else torch.equal(layer._valid.expand_as(past), past)
+        if not same:
+            raise UnsupportedMaskError(
+                "attention_mask marks other cached tokens as padding than the mask they were cached with. Pass the earlier "
+                "mask with the new tokens' mask appended, or start with a fresh AlayaCache."
+            )
+
+    # Prompt guard -----------------------------------------------------------------------------------------------------
+
+    def expect(self, ids: Tensor, new: int | None, first: bool) -> None:
+        """Check that a prompt continues what the cache holds, and remember it.
+
+        Called by the prompt guard before each forward pass of ``generate``; Transformers slices the prompt by the
+        cache's length without looking at it.
+
+        Parameters
+        ----------
+        ids : Tensor
+            ``[batch, n]`` token ids: the whole sequence if ``new`` is given, otherwise only the new tokens.
+        new : int or None
+            How many of the last ids are new.
+        first : bool
+            Whether this is the first pass of a call, when ids are compared.
+
+        Raises
+        ------
+        PromptMismatchError
+        """
+        held = self.get_seq_length()
+        if new is None:
+            if self._token_ids is not None and self._token_ids.shape[1] >= held and ids.shape[0] == len(self._token_ids):
+                ids = torch.cat([self._token_ids[:, :held].to(ids.device), ids], dim=1)
+                self._token_ids = ids
+            elif held == 0:
+                self._token_ids = ids
+            return
+        advice = (
+            "Pass the cached text followed by the new text, crop() the cache back to what both share, or use a fresh "
+            "AlayaCache for another prompt."
+        )
+        if new <= 0 or ids.shape[1] - new != held:
+            raise PromptMismatchError(
+                f"the prompt has {ids.shape[1]} tokens, but the cache already holds {held}: a prompt must continue the cached "
+                f"tokens with at least one new one. {advice}"
+            )
+        if first and held and self._token_ids is not None and self._token_ids.shape[1] >= held:
+            known = self._token_ids[:, :held].to(ids.device)
+            given = ids[:, :held]
+            if known.shape == given.shape and not torch.equal(known, given):
+                at = int((known != given).any(dim=0).nonzero()[0])
+                raise PromptMismatchError(
+                    f"the prompt differs from the {held} cached tokens from token {at} on (cached "
+                    f"{known[:, at].tolist()}, given {given[:, at].tolist()}). {advice}"
+                )
+        self._token_ids = ids
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` tokens."""
+        super().crop(tokens_to_remove)
+        if self._token_ids is not None:
+            self._token_ids = self._token_ids[:, : self.get_seq_length()]
+
+    def reset(self) -> None:
+        """Forget everything but the configuration."""
+        super().reset()
+        self._token_ids = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the given rows."""
+        super().batch_select_indices(indices)
+        if self._token_ids is not None:
+            self._token_ids = self._token_ids[indices.to(self._token_ids.device)]
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times."""
+        super().batch_repeat_interleave(repeats)
+        if self._token_ids is not None:
+            self._token_ids = self._token_ids.repeat_interleave(repeats, dim=0)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` becomes what row ``beam_idx[i]`` was."""
+        super().reorder_cache(beam_idx)
+        if self._token_ids is not None and len(self._token_ids) == len(beam_idx):
+            self._token_ids = self._token_ids[beam_idx.to(self._token_ids.device)]
+
+    # Measurements -----------------------------------------------------------------------------------------------------
+
+    @property
+    def alaya_layers(self) -> list[AlayaLayer]:
+        """The layers that offload; others are Transformers' own."""
+        return [layer for layer in self.layers if isinstance(layer, AlayaLayer)]
+
+    def stats(self) -> dict[str, Any]:
+        """What the cache holds and what it did.
+
+        Returns
+        -------
+        dict
+            Always: ``tokens`` (columns cached), ``window_bytes`` and ``lowbit_bytes`` (on the layers' devices),
+            ``offloaded_bytes`` (host memory, shared contexts once), ``index_bytes``, ``total_bytes`` (what a DynamicCache
+            would hold for these layers). With ``probe=True`` also means over decode steps and layers: ``attended``,
+            ``retrieved``, ``recovery`` (with ``probe_recovery``), ``seconds_per_step`` (attention of all layers),
+            ``steps``, ``bytes_moved``, and per layer ``layers[i]`` the same with ``records`` of every step
+            (:class:`alaya_hf.probes.StepRecord`).
+        """
+        layers = self.alaya_layers
+        window = sum(layer.window_bytes for layer in layers)
+        offloaded = sum(layer.offloaded_bytes for layer in layers)
+        stats: dict[str, Any] = {
+            "tokens": self.get_seq_length(),
+            "window_bytes": window,
+            "lowbit_bytes": 0,
+            "device_bytes": window,
+            "offloaded_bytes": offloaded,
+            "index_bytes": sum(layer.index_bytes for layer in layers),
+            "total_bytes": sum(
+                sum(layer.token_counts()) * 2 * layer.window._keys.shape[1] * layer.window._keys.shape[3]
+                * layer.dtype.itemsize
+                for layer in layers
+                if layer.window is not None
+            ),
+        }
+        probed = [layer for layer in layers if layer.probe is not None]
+        if not probed:
+            return stats
+        summaries = {}
+        for layer in probed:
+            assert layer.probe is not None
+            summaries[layer.layer_idx] = {**layer.probe.summary(), "records": layer.probe.records()}
+        stats["layers"] = summaries
+        stats["steps"] = max((int(summary["steps"]) for summary in summaries.values()), default=0)
+        for name in ("attended", "retrieved", "fetched", "recovery"):
+            values = [summary[name] for summary in summaries.values() if summary[name] is not None]
+            stats[name] = sum(values) / len(values) if values else None
+        times = [summary["seconds"] for summary in summaries.values() if summary["seconds"] is not None]
+        stats["seconds_per_step"] = sum(times) if times else None
+        stats["bytes_moved"] = sum(summary["bytes_moved"] for summary in summaries.values())
+        return stats
+
+    def retrieved_histogram(self, bins: int = 256) -> Tensor:
+        """How often each part of the context was fetched.
+
+        Returns
+        -------
+        Tensor
+            ``[layers, bins]`` int64 counts over token positions; needs ``probe=True``.
+        """
+        length = max((max(layer.token_counts(), default=0) for layer in self.alaya_layers), default=0)
+        rows = [
+            layer.probe.histogram(bins, length) if layer.probe is not None else torch.zeros(bins, dtype=torch.int64)
+            for layer in self.alaya_layers
+        ]
+        return torch.stack(rows) if rows else torch.zeros(0, bins, dtype=torch.int64)

@@ -1,0 +1,287 @@
+"""The configuration of a cache: one frozen dataclass, to and from YAML."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from alaya_hf.errors import ConfigError
+from alaya_hf.registry import INDEXES, QUERIES, RESIDUALS
+
+GROUP_MODES = ("union", "per_head")
+STORE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def _check_int(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ConfigError(f"{name} must be an integer of at least {minimum}, but got {value!r}.")
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """Which tokens stay on the layer's device at full precision and are always attended.
+
+    Parameters
+    ----------
+    init : int
+        First tokens of the context ("attention sinks").
+    local : int
+        Most recent tokens, at least 1.
+    overflow : int
+        How many generated tokens the window takes in beyond ``local`` before its oldest tokens move to the store (late
+        materialisation, AlayaDB section 5.2). Larger values index less often and keep more on the device.
+    """
+
+    init: int = 128
+    local: int = 512
+    overflow: int = 256
+
+    def __post_init__(self) -> None:
+        _check_int("window.init", self.init, 0)
+        _check_int("window.local", self.local, 1)
+        _check_int("window.overflow", self.overflow, 0)
+
+    @classmethod
+    def build(cls, value: Any) -> WindowConfig:
+        """From an instance, a mapping or a pair ``(init, local)``."""
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, (tuple, list)) and len(value) == 2:
+            return cls(*value)
+        if isinstance(value, Mapping):
+            unknown = sorted(set(value) - {field.name for field in dataclasses.fields(cls)})
+            if unknown:
+                raise ConfigError(f"window has no parameter {unknown}. Its parameters: init, local, overflow.")
+            return cls(**value)
+        raise ConfigError(f"window must be a pair (init, local) or a mapping, but got {value!r}.")
+
+
+@dataclass(frozen=True)
+class AlayaConfig:
+    """Every knob of an :class:`~alaya_hf.AlayaCache`.
+
+    Components are given as instances (``DIPR(alpha=0.01)``), names (``"dipr"``) or mappings
+    (``{"kind": "dipr", "alpha": 0.01}``); the attributes always hold instances.
+
+    Parameters
+    ----------
+    query
+        What is asked of the offloaded tokens: :class:`~alaya_hf.query.Full`, :class:`~alaya_hf.query.TopK`,
+        :class:`~alaya_hf.query.DIPR`, :class:`~alaya_hf.query.Recovery`.
+    index
+        How it is found, see :mod:`alaya_hf.index`.
+    residual
+        How the offloaded tokens that the query leaves out are estimated, see :mod:`alaya_hf.residual`.
+    window : WindowConfig or (init, local) or mapping
+        The tokens that stay on the device and are always attended exactly.
+    group_mode : {"union", "per_head"}
+        ``"union"``: the query heads that share a KV head attend to the union of what each of them retrieved (one fetch
+        serves them all). ``"per_head"``: each query head attends only to what it retrieved itself.
+    dense_layers : tuple of int
+        Layers that always attend to the whole context.
+    min_context : int
+        Contexts of up to this many tokens stay in the window as a whole: exact attention, nothing offloaded.
+    max_sparse_queries : int
+        Forward passes of up to this many tokens (decoding, assisted decoding, short follow-up questions) retrieve;
+        longer ones are prefill and attend exactly.
+    prefill_block : int
+        Offloaded tokens that a prefill chunk brings to the device at a time.
+    store_dtype : {"auto", "float32", "float16", "bfloat16"}
+        Precision of the offloaded keys and values; ``"auto"`` keeps the model's.
+    layers : mapping of int to mapping
+        Overrides for single layers, for example ``{0: {"index": "flat"}}``. The key ``"default"`` sets every other
+        layer.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown key or a value out of range.
+    """
+
+    query: Any = "dipr"
+    index: Any = "flat"
+    residual: Any = "none"
+    window: Any = dataclasses.field(default_factory=WindowConfig)
+    group_mode: str = "union"
+    dense_layers: tuple[int, ...] = ()
+    min_context: int = 2048
+    max_sparse_queries: int = 64
+    prefill_block: int = 8192
+    store_dtype: str = "auto"
+    layers: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "query", QUERIES.build(self.query))
+        set_(self, "index", INDEXES.build(self.index))
+        set_(self, "residual", RESIDUALS.build(self.residual))
+        set_(self, "window", WindowConfig.build(self.window))
+        if self.group_mode not in GROUP_MODES:
+            raise ConfigError(f"group_mode must be one of {', '.join(GROUP_MODES)}, but got {self.group_mode!r}.")
+        if self.store_dtype not in STORE_DTYPES:
+            raise ConfigError(f"store_dtype must be one of {', '.join(STORE_DTYPES)}, but got {self.store_dtype!r}.")
+        for name, minimum in (("min_context", 0), ("max_sparse_queries", 1), ("prefill_block", 1)):
+            _check_int(name, getattr(self, name), minimum)
+        if not isinstance(self.dense_layers, (tuple, list)):
+            raise ConfigError(f"dense_layers must be a list of layer numbers, but got {self.dense_layers!r}.")
+        for layer in self.dense_layers:
+            _check_int("dense_layers", layer, 0)
+        set_(self, "dense_layers", tuple(self.dense_layers))
+        self._check_layers()
+        check = getattr(self.residual, "check", None)
+        if check is not None:
+            check(self.index)
+
+    def _check_layers(self) -> None:
+        if not isinstance(self.layers, Mapping):
+            raise ConfigError(f"layers must map layer numbers to settings, but got {self.layers!r}.")
+        object.__setattr__(self, "layers", {key: dict(value) for key, value in self.layers.items()})
+        for key, overrides in self.layers.items():
+            if key != "default":
+                _check_int("a key of layers", key, 0)
+            if "layers" in overrides:
+                raise ConfigError(f"layers.{key} cannot itself contain 'layers'.")
+            # Building the layer's configuration validates it now rather than in the middle of a generation.
+            self._merged(overrides)
+
+    def _merged(self, overrides: Mapping[str, Any]) -> AlayaConfig:
+        return self.replace(layers={}, **overrides)
+
+    def for_layer(self, layer_idx: int) -> AlayaConfig:
+        """The configuration of one layer, its overrides applied."""
+        config = self
+        if not self.layers:
+            return config
+        for key in ("default", layer_idx):
+            if key in self.layers:
+                config = config._merged(self.layers[key])  # type: ignore[index]
+        return config.replace(layers={})
+
+    def replace(self, **changes: Any) -> AlayaConfig:
+        """A copy with some fields changed."""
+        self._check_fields(changes)
+        return dataclasses.replace(self, **changes)
+
+    def override(self, changes: Mapping[str, Any]) -> AlayaConfig:
+        """A copy with dotted fields changed.
+
+        Parameters
+        ----------
+        changes : mapping
+            For example ``{"query.beta": 50, "window.local": 1024, "layers.0.index": "flat"}``. Naming another ``kind``
+            (``"query": "topk"``) starts from that component's defaults.
+        """
+        data = self.to_dict(full=True)
+        for path, value in changes.items():
+            *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+            node: Any = data
+            for depth, part in enumerate(parents):
+                child = node.get(part) if isinstance(node, Mapping) else None
+                if child is None and parents[0] != "layers":
+                    raise ConfigError(f"cannot set {path!r}: there is no {'.'.join(map(str, parents[: depth + 1]))!r}.")
+                if child is None or isinstance(child, str):
+                    child = {} if child is None else {"kind": child}
+                node[part] = child
+                node = child
+            node[last] = value
+        return type(self).from_dict(data)
+
+    @classmethod
+    def _check_fields(cls, data: Mapping[Any, Any]) -> None:
+        fields = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(str(key) for key in data if key not in fields)
+        if unknown:
+            raise ConfigError(
+                f"unknown configuration key {', '.join(map(repr, unknown))}. Known keys: {', '.join(fields)}."
+            )
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> AlayaConfig:
+        """From plain data, as read from YAML."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"a configuration must be a mapping of keys to values, but got {type(data).__name__}.")
+        cls._check_fields(data)
+        return cls(**data)
+
+    def to_dict(self, full: bool = False) -> dict[str, Any]:
+        """Plain data for YAML.
+
+        Parameters
+        ----------
+        full : bool
+            Every field, also those that have their default value.
+        """
+        default = None if full else type(self)()
+        data: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if default is not None and value == getattr(default, field.name):
+                continue
+            if field.name in ("query", "index", "residual"):
+                registry = {"query": QUERIES, "index": INDEXES, "residual": RESIDUALS}[field.name]
+                value = registry.spec(value)
+            elif isinstance(value, WindowConfig):
+                value = dataclasses.asdict(value)
+            elif isinstance(value, tuple):
+                value = list(value)
+            elif isinstance(value, Mapping):
+                value = {key: self._plain(overrides) for key, overrides in value.items()}
+            data[field.name] = value
+        return data
+
+    @staticmethod
+    def _plain(overrides: Mapping[str, Any]) -> dict[str, Any]:
+        registries = {"query": QUERIES, "index": INDEXES, "residual": RESIDUALS}
+        return {
+            key: registries[key].spec(registries[key].build(value)) if key in registries else value
+            for key, value in overrides.items()
+        }
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> AlayaConfig:
+        """Read a YAML file.
+
+        Raises
+        ------
+        ConfigError
+            If the file holds no mapping, an unknown key or a value out of range.
+        """
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        try:
+            return cls.from_dict(data or {})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """The configuration as YAML, also written to ``path`` if given."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    @staticmethod
+    def presets() -> list[str]:
+        """Names that :meth:`preset` knows."""
+        folder = resources.files("alaya_hf.configs")
+        return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+    @classmethod
+    def preset(cls, name: str) -> AlayaConfig:
+        """A published system's configuration, from ``configs/<name>.yaml``.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such preset; the message lists those there are.
+        """
+        names = cls.presets()
+        if name not in names:
+            raise ConfigError(f"unknown preset {name!r}. Available: {', '.join(names)}.")
+        text = (resources.files("alaya_hf.configs") / f"{name}.yaml").read_text(encoding="utf-8")
+        return cls.from_dict(yaml.safe_load(text) or {})

@@ -1,0 +1,1 @@
+"""One attention step: window, retrieved part and merge; prefill."""

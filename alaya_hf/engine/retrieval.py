@@ -1,0 +1,141 @@
+"""The retrieved part of a step: attention to the critical offloaded tokens, where they lie."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from alaya_hf.index import Hits
+from alaya_hf.kernels import host
+from alaya_hf.kernels.partial import Partial, merge
+from alaya_hf.planner import Plan
+from alaya_hf.storage import HostStore, Piece
+
+
+@dataclass
+class RetrievalStats:
+    """What one step retrieved from one layer's store."""
+
+    retrieved: Tensor | None = None  # [batch, heads] tokens asked for per query head
+    fetched: Tensor | None = None  # [batch, kv_heads] tokens read
+    touched: int = 0
+    bytes_read: int = 0
+    ids: list[Tensor] = field(default_factory=list)  # per row, positions in the store
+    everything_lse: Tensor | None = None  # [batch, heads, q_len] of all offloaded tokens, on request
+
+
+def _search(
+    q: Tensor, pieces: list[Piece], plan: Plan, best: Tensor, scaling: float, window_lse: Tensor
+) -> list[Hits]:
+    hits = [
+        piece.segment.searcher(plan.index).search(q, piece.kv, plan.query, best, scaling, window_lse)
+        for piece in pieces
+    ]
+    if len(hits) == 1:
+        return hits
+    # Each segment answered for itself; the cut over all of them is the same rule applied to what they found.
+    kv_heads, group = q.shape[:2]
+    width = max(int(found.ids.numel()) for found in hits)
+    merged = q.new_full((kv_heads, group, len(hits) * max(1, width)), float("-inf"))
+    for number, found in enumerate(hits):
+        counts = found.offsets[1:] - found.offsets[:-1]
+        column = torch.arange(found.ids.numel()) - torch.repeat_interleave(found.offsets[:-1], counts)
+        scores = found.scores.masked_fill(found.mask == 0, float("-inf"))
+        merged[found.kv_head, :, number * width + column] = scores.T
+    threshold = plan.query.threshold(merged, best, scaling, window_lse)
+    return [
+        found.keep((found.mask != 0) & (found.scores >= threshold[found.kv_head].T)) for found in hits
+    ]
+
+
+def retrieve(
+    q: Tensor,
+    store: HostStore,
+    plan: Plan,
+    best: Tensor,
+    window_lse: Tensor,
+    scaling: float,
+    group_mode: str = "union",
+    softcap: float | None = None,
+    want_everything_lse: bool = False,
+) -> tuple[Partial, RetrievalStats]:
+    """Attend to the critical tokens of every row's offloaded context.
+
+    Runs on the host, next to the data: queries travel to it and results back, keys and values stay.
+
+    Parameters
+    ----------
+    q : Tensor
+        ``[batch, heads, q_len, head_dim]`` on the layer's device. Every position may see every offloaded token.
+    store : HostStore
+    plan : Plan
+    best, window_lse : Tensor
+        ``[batch, heads, q_len]`` float32: highest score and log-sum-exp inside the window.
+    scaling : float
+    group_mode : {"union", "per_head"}
+        See :class:`alaya_hf.AlayaConfig`. Positions of one pass count as members of the group.
+    softcap : float, optional
+    want_everything_lse : bool
+        Also compute the log-sum-exp over all offloaded tokens, for the recovery ratio. Costs a dense pass.
+
+    Returns
+    -------
+    partial : Partial
+        ``[batch, heads, q_len]``, on the device of ``q``.
+    stats : RetrievalStats
+    """
+    batch, heads, q_len, head_dim = q.shape
+    kv_heads = store.kv_heads
+    stats = RetrievalStats(
+        retrieved=torch.zeros(batch, heads, dtype=torch.float32), fetched=torch.zeros(batch, kv_heads)
+    )
+
+    def folded(tensor: Tensor) -> Tensor:
+        return tensor.to("cpu", torch.float32).reshape(batch, kv_heads, -1, *tensor.shape[3:])
+
+    q_host, best_host, lse_host = folded(q), folded(best), folded(window_lse)
+    rows, everything = [], []
+    for row in range(batch):
+        pieces = [piece for piece in store.rows[row] if piece.length]
+        shape = q_host.shape[1:3]
+        parts = [Partial.empty(shape, head_dim)]
+        if plan.query.keeps_all:
+            parts += [host.dense_attention(q_host[row], piece.kv, scaling, softcap) for piece in pieces]
+            count = store.length(row)
+            stats.retrieved[row] = stats.fetched[row] = count  # type: ignore[index]
+            stats.touched += kv_heads * count
+            stats.ids.append(torch.arange(count, dtype=torch.int32).repeat(kv_heads))
+        elif pieces and not plan.query.keeps_none:
+            found = _search(q_host[row], pieces, plan, best_host[row], scaling, lse_host[row])
+            start = 0
+            for piece, hits in zip(pieces, found, strict=True):
+                mask = None if group_mode == "union" else hits.mask
+                parts.append(
+                    host.gather_attention(q_host[row], piece.kv, hits.ids, hits.offsets, scaling, mask, softcap)
+                )
+                _count(stats, row, hits, heads, q_len)
+                stats.ids.append(hits.ids + start)
+                start += piece.length
+        rows.append(merge(parts))
+        if want_everything_lse:
+            dense = [host.dense_attention(q_host[row], piece.kv, scaling, softcap).lse for piece in pieces]
+            everything.append(
+                torch.logsumexp(torch.stack(dense), dim=0) if dense else torch.full(shape, float("-inf"))
+            )
+    stats.bytes_read = int(stats.fetched.sum()) * 2 * head_dim * store.dtype.itemsize  # type: ignore[union-attr]
+    if want_everything_lse:
+        stats.everything_lse = torch.stack(everything).reshape(batch, heads, q_len)
+    out = Partial(torch.stack([part.out for part in rows]), torch.stack([part.lse for part in rows]))
+    return out.reshape(batch, heads, q_len).to(q.device), stats
+
+
+def _count(stats: RetrievalStats, row: int, hits: Hits, heads: int, q_len: int) -> None:
+    assert stats.retrieved is not None and stats.fetched is not None
+    group = hits.mask.shape[0]
+    per_head = torch.zeros(hits.offsets.numel() - 1, group)
+    per_head.index_add_(0, hits.kv_head, hits.mask.T.float())
+    stats.retrieved[row] += per_head.reshape(heads, q_len).mean(dim=1)
+    stats.fetched[row] += (hits.offsets[1:] - hits.offsets[:-1]).float()
+    stats.touched += hits.touched

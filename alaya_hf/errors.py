@@ -1,0 +1,37 @@
+"""Errors raised for bad input.
+
+All derive from :class:`ValueError`, so ``except ValueError`` catches every misuse; the subclasses let callers tell them
+apart. Each message names what was given, what was expected and what to do.
+"""
+
+
+class AlayaError(ValueError):
+    """Base class of everything this package raises about its input."""
+
+
+class ConfigError(AlayaError):
+    """An unknown preset, an unknown configuration key or a parameter out of range."""
+
+
+class UnsupportedModelError(AlayaError):
+    """The model has no rotary multi-head or grouped-query attention that this cache can serve."""
+
+
+class UnsupportedMaskError(AlayaError):
+    """An attention mask that is not causal + padding."""
+
+
+class IgnoredCacheError(AlayaError):
+    """An attention implementation read the cache's keys without asking the cache to attend."""
+
+
+class PromptMismatchError(AlayaError):
+    """The prompt does not continue the tokens that the cache holds."""
+
+
+class BatchSizeError(AlayaError):
+    """The batch size differs from the one the cache was filled with."""
+
+
+class HostMemoryError(AlayaError, MemoryError):
+    """The host has too little free memory for the requested context."""

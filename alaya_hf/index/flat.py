@@ -1,0 +1,47 @@
+"""Exact scan of all keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from alaya_hf.index.base import Hits, Index, Searcher
+from alaya_hf.kernels import host
+from alaya_hf.query.base import Query
+from alaya_hf.registry import INDEXES
+
+
+@INDEXES.register("flat")
+@dataclass(frozen=True)
+class Flat(Index):
+    """Score every key exactly. No state, no build; the reference every other index is measured against.
+
+    Costs one read of all keys per step (``n * head_dim`` elements per KV head).
+    """
+
+    def open(self, kv_heads: int, head_dim: int) -> FlatSearcher:
+        """See :meth:`Index.open`."""
+        return FlatSearcher()
+
+
+class FlatSearcher(Searcher):
+    """Nothing to build: only counts the tokens."""
+
+    def extend(self, kv: Tensor, queries: Tensor | None = None) -> None:
+        """See :meth:`Searcher.extend`."""
+        self.num_tokens += kv.shape[1]
+
+    def search(self, q: Tensor, kv: Tensor, query: Query, best: Tensor, scaling: float, window_lse: Tensor) -> Hits:
+        """See :meth:`Searcher.search`."""
+        scores = host.scan_scores(q, kv)
+        threshold = query.threshold(scores, best, scaling, window_lse)
+        ids, offsets, mask = host.select_threshold(scores, threshold)
+        hits = Hits(ids, offsets, mask, scores.new_empty(0), touched=kv.shape[0] * kv.shape[1])
+        hits.scores = scores[hits.kv_head, :, ids.long()].T.contiguous()
+        return hits
+
+    @property
+    def nbytes(self) -> int:
+        """Zero."""
+        return 0

@@ -1,0 +1,1 @@
+"""The arithmetic: exact attention, host kernels, partials and their merge."""

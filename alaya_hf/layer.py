@@ -1,0 +1,501 @@
+"""One layer's keys and values: a window on the device, everything else offloaded."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from alaya_hf.config import AlayaConfig
+from alaya_hf.engine.prefill import attend_new, attend_store, attend_window
+from alaya_hf.engine.retrieval import RetrievalStats, retrieve
+from alaya_hf.errors import AlayaError, BatchSizeError, IgnoredCacheError, UnsupportedMaskError, UnsupportedModelError
+from alaya_hf.handle import KVHandle
+from alaya_hf.kernels.attention import window_attention
+from alaya_hf.kernels.partial import Partial, merge
+from alaya_hf.planner import choose
+from alaya_hf.probes import Probe, StepRecord
+from alaya_hf.storage import HostStore, Window
+
+
+@dataclass
+class ForwardState:
+    """What the layers of a cache have to know about the current forward pass, set by the mask function.
+
+    Attributes
+    ----------
+    valid : Tensor or None
+        ``[batch, new]`` bool on the host, false where a new token is padding; None: no padding.
+    past : int
+        Columns the cache held when the mask was made, -1 if no mask function ran.
+    """
+
+    valid: Tensor | None = None
+    past: int = -1
+
+
+@dataclass
+class _Pending:
+    keys: Tensor
+    values: Tensor
+    consumed: bool = False
+    handles: tuple[Any, Any] | None = field(default=None, repr=False)
+
+
+class AlayaLayer(CacheLayerMixin):
+    """Keys and values of one attention layer.
+
+    The first and the most recent tokens form the window, on the device of the first keys this layer sees; all others
+    live in host memory. Nothing is allocated before the first :meth:`update`.
+
+    Parameters
+    ----------
+    config : AlayaConfig
+        Of this layer.
+    layer_idx : int
+        Its number in the model.
+    forward : ForwardState, optional
+        Shared by the layers of one cache.
+    probe : Probe, optional
+        Where to record measurements.
+    """
+
+    is_sliding = False
+    is_croppable = True
+    is_compileable = False
+
+    def __init__(
+        self,
+        config: AlayaConfig | None = None,
+        layer_idx: int = 0,
+        forward: ForwardState | None = None,
+        probe: Probe | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config if config is not None else AlayaConfig()
+        self.layer_idx = layer_idx
+        self.forward = forward if forward is not None else ForwardState()
+        self.probe = probe
+        self._clear()
+
+    def __repr__(self) -> str:
+        return f"AlayaLayer({self.get_seq_length()} tokens, {self.offloaded_bytes:,} bytes offloaded)"
+
+    def _clear(self) -> None:
+        self.is_initialized = False
+        self.window: Window | None = None
+        self.store: HostStore | None = None
+        self._columns = 0
+        # [batch, columns] on the host once there has been padding: which column of which row is a token.
+        self._valid: Tensor | None = None
+        self._pending: _Pending | None = None
+
+    # The cache contract -----------------------------------------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take device, dtype, batch size and heads from the first keys ``[batch, kv_heads, m, head_dim]``.
+
+        Raises
+        ------
+        UnsupportedModelError
+            If keys and values have different shapes (latent attention) or are not 4-D.
+        """
+        if key_states.ndim != 4 or key_states.shape != value_states.shape:
+            raise UnsupportedModelError(
+                "AlayaCache serves multi-head and grouped-query attention, whose keys and values share one shape "
+                f"[batch, kv_heads, tokens, head_dim], but layer {self.layer_idx} gave keys {tuple(key_states.shape)} and "
+                f"values {tuple(value_states.shape)}. Use a DynamicCache for this model."
+            )
+        batch, kv_heads, _, head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        store_dtype = self.dtype if self.config.store_dtype == "auto" else getattr(torch, self.config.store_dtype)
+        self.window = Window(batch, kv_heads, head_dim, self.config.window.init, self.dtype, self.device)
+        self.store = HostStore(batch, kv_heads, head_dim, store_dtype)
+        self.is_initialized = True
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held, -1 before the first keys."""
+        return len(self.store.rows) if self.store is not None else -1
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take in the new keys and values of a forward pass.
+
+        Parameters
+        ----------
+        key_states, value_states : Tensor
+            ``[batch, kv_heads, m, head_dim]``, keys after the rotary embedding.
+
+        Returns
+        -------
+        tuple of KVHandle
+            The new keys and values alone, as handles that an attention function passes to :meth:`attend`.
+
+        Raises
+        ------
+        IgnoredCacheError
+            If the handles of the previous forward pass were never used.
+        BatchSizeError
+            If the batch size changed.
+        """
+        self.check_consumed()
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.batch_size:
+            raise BatchSizeError(
+                f"the cache holds {self.batch_size} sequences, but {key_states.shape[0]} were given. Use one AlayaCache per "
+                "batch, or batch_select_indices / batch_repeat_interleave to change the rows it holds."
+            )
+        if key_states.requires_grad and torch.is_grad_enabled() and not key_states.is_leaf:
+            # Gradients would stop at the store without a word.
+            key_states, value_states = key_states.detach(), value_states.detach()
+        self._pending = _Pending(key_states, value_states)
+        return KVHandle.wrap(key_states, self), KVHandle.wrap(value_states, self)
+
+    def check_consumed(self) -> None:
+        """Raise if an attention implementation ignored the handles of the previous forward pass.
+
+        Raises
+        ------
+        IgnoredCacheError
+        """
+        if self._pending is not None:
+            self._pending = None
+            raise IgnoredCacheError(
+                f"layer {self.layer_idx} was given new keys, but no attention implementation asked the AlayaCache for the "
+                'earlier ones. Call model.set_attn_implementation("alaya").'
+            )
+
+    def get_seq_length(self) -> int:
+        """Columns cached, padding included."""
+        return self._columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys a mask has to cover."""
+        return self._columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._clear()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens.
+
+        Parameters
+        ----------
+        tokens_to_remove : int
+            As a negative number, like everywhere in Transformers. Offloaded tokens that become recent return to the
+            window.
+        """
+        if tokens_to_remove > 0:
+            raise AlayaError(
+                f"crop takes the number of tokens to remove as a negative integer, but got {tokens_to_remove}. "
+                f"Use crop({-tokens_to_remove})."
+            )
+        count = min(-tokens_to_remove, self._columns)
+        if count == 0 or not self.is_initialized:
+            return
+        assert self.window is not None and self.store is not None
+        self.check_consumed()
+        target = self._columns - count
+        dropped = min(count, self.window.recent)
+        self.window.drop_last(dropped)
+        self._columns -= dropped
+        if self._columns > target:
+            self._drop_offloaded(self._columns - target)
+        if self._valid is not None:
+            self._valid = self._valid[:, : self._columns]
+
+    def _tokens_in(self, row: int, start: int, stop: int) -> int:
+        if self._valid is None:
+            return stop - start
+        return int(self._valid[row, start:stop].sum())
+
+    def _drop_offloaded(self, columns: int) -> None:
+        """Drop the last columns that have left the window, then bring ``local`` columns back into it."""
+        assert self.window is not None and self.store is not None
+        target = self._columns - columns
+        back = max(0, target - self.config.window.local)
+        width = target - back
+        batch, kv_heads = len(self.store.rows), self.store.kv_heads
+        keys = torch.zeros(batch, kv_heads, width, self.store.head_dim, dtype=self.dtype, device=self.device)
+        values = torch.zeros_like(keys)
+        for row in range(batch):
+            returning = self._tokens_in(row, back, target)
+            leaving = self._tokens_in(row, back, self._columns)
+            offloaded = min(leaving, self.store.length(row))
+            taken = self.store.take_last(row, offloaded).to(self.device, self.dtype)
+            k, v = taken[:, :, 0], taken[:, :, 1]
+            if leaving > offloaded:
+                first_k, first_v = self.window.take_init(row, leaving - offloaded)
+                k, v = torch.cat([first_k, k], dim=1), torch.cat([first_v, v], dim=1)
+            slots = torch.arange(width) if self._valid is None else self._valid[row, back:target].nonzero().flatten()
+            keys[row][:, slots.to(self.device)] = k[:, :returning]
+            values[row][:, slots.to(self.device)] = v[:, :returning]
+        self.window.append(keys, values, None if self._valid is None else self._valid[:, back:target])
+        self._columns = target
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` becomes what row ``beam_idx[i]`` was. Offloaded tokens are not copied."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times. Offloaded tokens are not copied."""
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` (integers, or a bool mask over the rows). Offloaded tokens are not copied."""
+        if not self.is_initialized:
+            return
+        assert self.window is not None and self.store is not None
+        indices = torch.as_tensor(indices)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        indices = indices.to("cpu", torch.int64)
+        self.window.select(indices)
+        self.store.select(indices.tolist())
+        if self._valid is not None:
+            self._valid = self._valid[indices]
+
+    def offload(self) -> None:
+        """Nothing: this layer offloads by itself."""
+
+    def prefetch(self) -> None:
+        """Nothing: this layer offloads by itself."""
+
+    # Memory -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of keys and values in the window, on the layer's device."""
+        return 0 if self.window is None else self.window.nbytes
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of keys and values in host memory; rows that share a context count once."""
+        return 0 if self.store is None else self.store.nbytes
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of the indexes over the offloaded tokens."""
+        return 0 if self.store is None else self.store.index_nbytes
+
+    def token_counts(self) -> list[int]:
+        """Tokens cached per row, padding excluded."""
+        if self.window is None or self.store is None:
+            return []
+        return [a + b for a, b in zip(self.window.lengths, self.store.lengths, strict=True)]
+
+    # Attention --------------------------------------------------------------------------------------------------------
+
+    def _new_valid(self, tokens: int, mask: Tensor | None) -> Tensor | None:
+        if mask is not None:
+            return self._valid_from_4d(tokens, mask)
+        forward = self.forward
+        if forward.past != self._columns or forward.valid is None or forward.valid.shape[1] != tokens:
+            return None
+        return forward.valid
+
+    def _valid_from_4d(self, tokens: int, mask: Tensor) -> Tensor | None:
+        """Padding of the new tokens from a prepared mask, which has to be causal + padding."""
+        columns = self._columns + tokens
+        if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != (tokens, columns):
+            raise UnsupportedMaskError(
+                f"AlayaCache takes masks [batch, 1, {tokens}, {columns}] that are causal + padding, but got shape "
+                f"{tuple(mask.shape)}. Pass a 2-D attention_mask [batch, {columns}] instead."
+            )
+        seen = (mask if mask.dtype == torch.bool else mask == 0).to("cpu")
+        seen = seen.expand(self.batch_size, 1, tokens, columns)[:, 0]
+        valid = seen[:, -1]
+        past = self._valid if self._valid is not None else torch.ones(len(valid), self._columns, dtype=torch.bool)
+        causal = torch.ones(tokens, columns, dtype=torch.bool).tril(self._columns)
+        expected = causal & valid.unsqueeze(1)
+        # Rows of padding queries see whatever they like: their output is never used.
+        wrong = (seen != expected) & valid[:, self._columns :].unsqueeze(-1)
+        if bool(wrong.any()) or not torch.equal(valid[:, : self._columns], past):
+            raise UnsupportedMaskError(
+                "AlayaCache takes attention masks that are causal + padding, but the 4-D mask given is something else "
+                "(packed sequences, bidirectional or tree attention). Pass a 2-D attention_mask, or use a DynamicCache."
+            )
+        new = valid[:, self._columns :]
+        return None if bool(new.all()) else new
+
+    def attend(
+        self,
+        query: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attention of the pass's queries to everything cached, the new tokens of :meth:`update` included.
+
+        Passes of up to ``max_sparse_queries`` tokens over a non-empty cache retrieve; others attend exactly.
+
+        Parameters
+        ----------
+        query : Tensor
+            ``[batch, heads, m, head_dim]`` after the rotary embedding.
+        scaling : float
+            Factor from scores to logits.
+        softcap : float, optional
+            Cap on the logits.
+        sinks : Tensor, optional
+            ``[heads]``, the logit of each head's learned attention sink.
+        mask : Tensor, optional
+            A prepared 4-D mask; has to be causal + padding.
+
+        Returns
+        -------
+        Tensor
+            ``[batch, m, heads, head_dim]`` in the dtype of ``query``.
+
+        Raises
+        ------
+        AlayaError
+            If there are no new keys waiting, for example because two layers share them.
+        UnsupportedMaskError
+            For a mask that is not causal + padding.
+        """
+        pending = self._pending
+        if pending is None:
+            raise AlayaError(
+                f"layer {self.layer_idx}: the keys of this forward pass were already attended to. Models whose layers share "
+                "keys and values are not supported; use a DynamicCache."
+            )
+        began = time.perf_counter() if self.probe is not None else 0.0
+        keys, values = pending.keys, pending.values
+        if query.shape[0] != keys.shape[0] or query.shape[1] % keys.shape[1]:
+            raise UnsupportedModelError(
+                f"layer {self.layer_idx}: {query.shape[1]} query heads over {keys.shape[1]} key-value heads is not grouped-"
+                "query attention. Use a DynamicCache for this model."
+            )
+        tokens = query.shape[2]
+        valid = self._new_valid(tokens, mask)
+        sparse = self._columns > 0 and tokens <= self.config.max_sparse_queries
+        self._pending = None
+        with torch.no_grad():
+            run = self._decode if sparse else self._prefill
+            parts, record = run(query, keys, values, valid, scaling, softcap)
+            if sinks is not None:
+                lse = sinks.float().view(1, -1, 1).expand(query.shape[:3])
+                parts.append(Partial(torch.zeros(*query.shape, device=query.device), lse))
+            out = merge(parts).out
+        if self.probe is not None and record is not None:
+            record.seconds = time.perf_counter() - began
+            self.probe.steps.append(record)
+        return out.to(query.dtype).transpose(1, 2).contiguous()
+
+    def _append(self, keys: Tensor, values: Tensor, valid: Tensor | None, keep: int) -> int:
+        """Take new columns in; returns the bytes that went to the store."""
+        assert self.window is not None and self.store is not None
+        if valid is not None or self._valid is not None:
+            batch, _, tokens, _ = keys.shape
+            old = self._valid if self._valid is not None else torch.ones(batch, self._columns, dtype=torch.bool)
+            new = valid if valid is not None else torch.ones(batch, tokens, dtype=torch.bool)
+            self._valid = torch.cat([old, new], dim=1)
+        leaving = self.window.push(keys, values, valid, keep)
+        self._columns += keys.shape[2]
+        return self.store.append(*leaving)
+
+    def _keep(self, tokens: int, slack: int) -> int:
+        """Recent columns to keep after ``tokens`` more have come in."""
+        total = self._columns + tokens
+        assert self.window is not None
+        if total <= self.config.min_context or self.window.recent + tokens <= self.config.window.local + slack:
+            return total
+        return self.config.window.local
+
+    def _prefill(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
+    ) -> tuple[list[Partial], StepRecord | None]:
+        assert self.window is not None and self.store is not None
+        parts = [attend_new(query, keys, values, valid, scaling, softcap)]
+        moved = 0
+        context = self._columns + query.shape[2]
+        if self._columns:
+            parts.append(attend_window(query, self.window, scaling, softcap))
+            part, moved = attend_store(query, self.store, self.config.prefill_block, scaling, softcap)
+            parts.append(part)
+        moved += self._append(keys, values, valid, self._keep(query.shape[2], 0))
+        if self.probe is None:
+            return parts, None
+        return parts, StepRecord("prefill", query.shape[2], context, context, 0, 0, 0, None, None, moved, 0.0)
+
+    def _decode(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
+    ) -> tuple[list[Partial], StepRecord | None]:
+        assert self.window is not None and self.store is not None
+        tokens = query.shape[2]
+        self._append(keys, values, valid, self._columns + tokens)
+        window_keys, window_values, visible = self.window.view()
+        mask = None if visible is None else visible[:, None, None, :]
+        if tokens > 1:
+            width = window_keys.shape[2]
+            causal = torch.ones(tokens, width, dtype=torch.bool, device=query.device).tril(width - tokens)
+            mask = causal if mask is None else mask & causal
+        window, best = window_attention(query, window_keys, window_values, scaling, mask, softcap)
+        parts = [window]
+        stats = RetrievalStats()
+        if any(self.store.lengths):
+            part, stats = retrieve(
+                query,
+                self.store,
+                choose(self.config, self.layer_idx),
+                best,
+                window.lse,
+                scaling,
+                self.config.group_mode,
+                softcap,
+                self.probe is not None and self.probe.recovery,
+            )
+            parts.append(part)
+        record = None if self.probe is None else self._record(tokens, parts, stats)
+        # Late materialisation: tokens leave the window in batches, after the step that filled it.
+        moved = self._append(
+            keys[:, :, :0], values[:, :, :0], None, self._keep(0, self.config.window.overflow)
+        )
+        if record is not None:
+            record.bytes_moved = moved + stats.bytes_read
+        return parts, record
+
+    def _record(self, tokens: int, parts: list[Partial], stats: RetrievalStats) -> StepRecord:
+        assert self.probe is not None and self.window is not None
+        windows = torch.tensor(self.window.lengths, dtype=torch.float32)
+        retrieved = stats.retrieved if stats.retrieved is not None else torch.zeros(len(windows), 1)
+        fetched = stats.fetched if stats.fetched is not None else torch.zeros(len(windows), 1)
+        attended = fetched if self.config.group_mode == "union" else retrieved
+        recovery = worst = None
+        if self.probe.recovery:
+            recovery, worst = 1.0, 1.0
+            if stats.everything_lse is not None:
+                exact = merge(parts).lse.to("cpu")
+                everything = torch.logaddexp(parts[0].lse.to("cpu"), stats.everything_lse)
+                ratio = torch.exp(exact - everything).clamp(max=1.0)
+                recovery, worst = float(ratio.mean()), float(ratio.mean(dim=(0, 2)).min())
+        self.probe.ids.extend(ids + self.config.window.init for ids in stats.ids)
+        if stats.retrieved is not None:
+            self.probe.head_counts.append(stats.retrieved.mean(dim=0))
+        counts = self.token_counts()
+        return StepRecord(
+            kind="decode",
+            tokens=tokens,
+            context=sum(counts) / len(counts),
+            attended=float(windows.mean() + attended.mean()),
+            retrieved=float(retrieved.mean()),
+            fetched=float(fetched.mean()),
+            touched=stats.touched / max(1, len(counts) * fetched.shape[1]),
+            recovery=recovery,
+            min_recovery=worst,
+            bytes_moved=0,
+            seconds=0.0,
+        )

@@ -1,0 +1,93 @@
+"""Measurements of what a cache did. Off by default and free when off."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class StepRecord:
+    """What one layer did in one forward pass.
+
+    Attributes
+    ----------
+    kind : str
+        ``"prefill"`` or ``"decode"``.
+    tokens : int
+        New tokens of the pass.
+    context : float
+        Tokens each query could see, mean over rows.
+    attended : float
+        Tokens attended exactly per query head (window and retrieved), mean over rows and heads.
+    retrieved : float
+        Offloaded tokens that a query head's own query asked for, mean over rows and heads.
+    fetched : float
+        Offloaded tokens read per KV head, mean over rows and KV heads: the union over the group.
+    touched : float
+        Offloaded keys scored per KV head, mean over rows.
+    recovery : float or None
+        Mean share of the attention mass on the exactly attended tokens, in [0, 1]; None if not asked for.
+    min_recovery : float or None
+        The same of the worst head.
+    bytes_moved : int
+        Bytes of keys and values that crossed between store and attention, both ways.
+    seconds : float
+        Wall time of the attention of this layer, host side.
+    """
+
+    kind: str
+    tokens: int
+    context: float
+    attended: float
+    retrieved: float
+    fetched: float
+    touched: float
+    recovery: float | None
+    min_recovery: float | None
+    bytes_moved: int
+    seconds: float
+
+
+@dataclass
+class Probe:
+    """Collects the records of one layer.
+
+    Parameters
+    ----------
+    recovery : bool
+        Also compute the recovery ratio, which costs a dense pass over the offloaded keys in every step.
+    """
+
+    recovery: bool = False
+    steps: list[StepRecord] = field(default_factory=list)
+    ids: list[Tensor] = field(default_factory=list)
+    head_counts: list[Tensor] = field(default_factory=list)
+
+    def histogram(self, bins: int, length: int) -> Tensor:
+        """How often each part of the context was fetched: ``[bins]`` int64 counts over token positions."""
+        if not self.ids:
+            return torch.zeros(bins, dtype=torch.int64)
+        ids = torch.cat(self.ids).long()
+        return torch.bincount((ids * bins // max(1, length)).clamp(max=bins - 1), minlength=bins)
+
+    def summary(self) -> dict[str, object]:
+        """Means over the decode steps."""
+        decode = [step for step in self.steps if step.kind == "decode"]
+        summary: dict[str, object] = {"steps": len(decode)}
+        for name in ("context", "attended", "retrieved", "fetched", "touched", "recovery", "seconds"):
+            values = [getattr(step, name) for step in decode if getattr(step, name) is not None]
+            summary[name] = sum(values) / len(values) if values else None
+        worst = [step.min_recovery for step in decode if step.min_recovery is not None]
+        summary["min_recovery"] = min(worst) if worst else None
+        summary["bytes_moved"] = sum(step.bytes_moved for step in self.steps)
+        if self.head_counts:
+            summary["retrieved_per_head"] = torch.stack(self.head_counts).double().mean(dim=0).tolist()
+        return summary
+
+    def records(self) -> list[dict[str, object]]:
+        """Every step as plain data."""
+        return [dataclasses.asdict(step) for step in self.steps]

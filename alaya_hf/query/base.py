@@ -1,0 +1,47 @@
+"""What a query is: a rule that turns scores into a cut."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+
+
+class Query(ABC):
+    """A rule that says which offloaded tokens are critical for a query vector.
+
+    Implementations are frozen dataclasses of their parameters, registered by name.
+    """
+
+    kind: str
+
+    @abstractmethod
+    def threshold(self, scores: Tensor, best: Tensor, scaling: float, window_lse: Tensor) -> Tensor:
+        """The lowest score that is still critical, per query head.
+
+        Parameters
+        ----------
+        scores : Tensor
+            ``[kv_heads, group, n]`` float32, unscaled inner products of the offloaded tokens, exact or approximate.
+        best : Tensor
+            ``[kv_heads, group]`` float32, the highest score inside the window.
+        scaling : float
+            Factor from scores to logits.
+        window_lse : Tensor
+            ``[kv_heads, group]`` float32, log-sum-exp of the window's logits.
+
+        Returns
+        -------
+        Tensor
+            ``[kv_heads, group]`` float32. Token ``j`` is critical iff ``scores[..., j] >= threshold``.
+        """
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether the answer is always the whole context, so that no index has to be asked."""
+        return False
+
+    @property
+    def keeps_none(self) -> bool:
+        """Whether the answer is always empty."""
+        return False

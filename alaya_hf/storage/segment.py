@@ -1,0 +1,116 @@
+"""One run of offloaded tokens: keys and values side by side in host memory, and the indexes over them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alaya_hf.storage.memory import check_host_memory
+
+
+class Segment:
+    """Keys and values of consecutive tokens of one context and one layer.
+
+    Segments are shared: batch rows, beams and copies of a cache refer to one segment instead of copying it. Only a
+    segment that is referred to once is appended to in place.
+
+    Parameters
+    ----------
+    kv_heads, head_dim : int
+    dtype : torch.dtype
+        Of the stored vectors.
+
+    Attributes
+    ----------
+    used : int
+        Tokens stored.
+    shared : bool
+        Whether a copy of the cache refers to the segment as well, so that it must not change any more.
+    """
+
+    def __init__(self, kv_heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        self._buffer = torch.empty(kv_heads, 0, 2, head_dim, dtype=dtype)
+        self.used = 0
+        self.shared = False
+        self._searchers: dict[Any, Any] = {}
+        self._samples: list[Tensor] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Segment:
+        # Copying a cache must not copy the offloaded context: both sides keep reading it, neither writes to it.
+        self.shared = True
+        return self
+
+    @property
+    def kv(self) -> Tensor:
+        """``[kv_heads, used, 2, head_dim]``, a view: keys at ``[:, :, 0]``, values at ``[:, :, 1]``."""
+        return self._buffer[:, : self.used]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored vectors (spare capacity not counted)."""
+        return self.kv.numel() * self._buffer.element_size()
+
+    @property
+    def index_nbytes(self) -> int:
+        """Bytes of the indexes."""
+        return sum(searcher.nbytes for searcher in self._searchers.values())
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for ``tokens`` in all.
+
+        Raises
+        ------
+        HostMemoryError
+            If the host cannot hold them; the segment stays as it was.
+        """
+        kv_heads, capacity, _, head_dim = self._buffer.shape
+        if tokens <= capacity:
+            return
+        # Half as much again keeps appending linear in the number of tokens; pages not yet written cost nothing.
+        capacity = max(tokens, min(capacity + capacity // 2, capacity + (1 << 16)), 256)
+        check_host_memory(kv_heads * capacity * 2 * head_dim * self._buffer.element_size(), "the offloaded context")
+        grown = torch.empty(kv_heads, capacity, 2, head_dim, dtype=self._buffer.dtype)
+        grown[:, : self.used] = self.kv
+        self._buffer = grown
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Append tokens.
+
+        Parameters
+        ----------
+        keys, values : Tensor
+            ``[kv_heads, m, head_dim]``, any device and dtype.
+        """
+        end = self.used + keys.shape[1]
+        self.reserve(end)
+        self._buffer[:, self.used : end, 0] = keys.to("cpu")
+        self._buffer[:, self.used : end, 1] = values.to("cpu")
+        self.used = end
+
+    def truncate(self, tokens: int) -> None:
+        """Forget all but the first ``tokens``. Indexes over more than that are dropped and built again when asked."""
+        self.used = tokens
+        self._searchers = {key: s for key, s in self._searchers.items() if s.num_tokens <= tokens}
+
+    def add_samples(self, queries: Tensor) -> None:
+        """Keep query vectors (``[kv_heads, s, head_dim]``) for building the index."""
+        self._samples.append(queries)
+
+    def searcher(self, index: Any) -> Any:
+        """The searcher of an index over this segment, brought up to date.
+
+        Parameters
+        ----------
+        index : Index
+            The parameters.
+        """
+        searcher = self._searchers.get(index)
+        if searcher is None:
+            searcher = self._searchers[index] = index.open(self._buffer.shape[0], self._buffer.shape[3])
+        if searcher.num_tokens < self.used:
+            queries = torch.cat(self._samples, dim=1) if self._samples else None
+            searcher.extend(self.kv[:, searcher.num_tokens :], queries)
+            self._samples = []
+        return searcher

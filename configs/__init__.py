@@ -1,0 +1,1 @@
+"""Shipped as ``alaya_hf.configs``: one YAML file per system, model and ablation."""

@@ -1,0 +1,26 @@
+"""The few places where upstream has no seam; each patch restores what it touched.
+
+Attributes
+----------
+routing : Routing
+    Lets unmodified ``sdpa`` and ``flash_attention_2`` models use an AlayaCache.
+prompt_guard : PromptGuard
+    Refuses prompts that do not continue what an AlayaCache holds.
+"""
+
+from alaya_hf.patches.base import Patch
+from alaya_hf.patches.prompt_guard import prompt_guard
+from alaya_hf.patches.routing import routing
+
+__all__ = ["Patch", "enable_once", "prompt_guard", "routing"]
+
+_enabled = False
+
+
+def enable_once() -> None:
+    """Switch on routing and prompt guard the first time this is called; after that the user decides."""
+    global _enabled
+    if not _enabled:
+        _enabled = True
+        routing.enable()
+        prompt_guard.enable()
