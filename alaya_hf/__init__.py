@@ -1,16 +1,32 @@
 """Retrieval-based sparse attention over an offloaded, persistent KV store for Hugging Face Transformers."""
 
-import alaya_hf.engine.residual  # noqa: F401  (registers the residuals)
 from alaya_hf import attention as _attention
 from alaya_hf.cache import AlayaCache
 from alaya_hf.config import AlayaConfig, WindowConfig
+from alaya_hf.engine.residual import BlockMean, LowBit, NoResidual
 from alaya_hf.errors import AlayaError
-from alaya_hf.index import Flat
+from alaya_hf.index import Coarse, Flat, Quantized
 from alaya_hf.layer import AlayaLayer
-from alaya_hf.query import DIPR, Full, TopK
+from alaya_hf.query import DIPR, Full, Recovery, TopK
 
 __version__ = "0.1.0"
 
-__all__ = ["DIPR", "AlayaCache", "AlayaConfig", "AlayaError", "AlayaLayer", "Flat", "Full", "TopK", "WindowConfig"]
+__all__ = [
+    "DIPR",
+    "AlayaCache",
+    "AlayaConfig",
+    "AlayaError",
+    "AlayaLayer",
+    "BlockMean",
+    "Coarse",
+    "Flat",
+    "Full",
+    "LowBit",
+    "NoResidual",
+    "Quantized",
+    "Recovery",
+    "TopK",
+    "WindowConfig",
+]
 
 _attention.register()

@@ -304,7 +304,7 @@ class AlayaCache(Cache):
         stats: dict[str, Any] = {
             "tokens": self.get_seq_length(),
             "window_bytes": window,
-            "lowbit_bytes": 0,
+            "lowbit_bytes": sum(layer.lowbit_bytes for layer in layers),
             "device_bytes": window,
             "offloaded_bytes": offloaded,
             "index_bytes": sum(layer.index_bytes for layer in layers),

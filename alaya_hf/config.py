@@ -105,8 +105,8 @@ class AlayaConfig:
     """
 
     query: Any = "dipr"
-    index: Any = "flat"
-    residual: Any = "none"
+    index: Any = "quantized"
+    residual: Any = "low_bit"
     window: Any = dataclasses.field(default_factory=WindowConfig)
     group_mode: str = "union"
     dense_layers: tuple[int, ...] = ()
@@ -134,9 +134,8 @@ class AlayaConfig:
             _check_int("dense_layers", layer, 0)
         set_(self, "dense_layers", tuple(self.dense_layers))
         self._check_layers()
-        check = getattr(self.residual, "check", None)
-        if check is not None:
-            check(self.index)
+        self.index.check(self.query)
+        self.residual.check(self.index)
 
     def _check_layers(self) -> None:
         if not isinstance(self.layers, Mapping):

@@ -285,6 +285,11 @@ class AlayaLayer(CacheLayerMixin):
         return 0 if self.store is None else self.store.nbytes
 
     @property
+    def lowbit_bytes(self) -> int:
+        """Bytes of the low-bit copies and block means, which answer for the tokens that a query leaves out."""
+        return 0 if self.store is None else self.store.lowbit_nbytes
+
+    @property
     def index_bytes(self) -> int:
         """Bytes of the indexes over the offloaded tokens."""
         return 0 if self.store is None else self.store.index_nbytes
@@ -445,12 +450,12 @@ class AlayaLayer(CacheLayerMixin):
             mask = causal if mask is None else mask & causal
         window, best = window_attention(query, window_keys, window_values, scaling, mask, softcap)
         parts = [window]
-        stats = RetrievalStats()
+        residual, stats = None, RetrievalStats()
         if any(self.store.lengths):
-            part, stats = retrieve(
+            retrieved, residual, stats = retrieve(
                 query,
                 self.store,
-                choose(self.config, self.layer_idx),
+                choose(self.config, self.layer_idx, softcap),
                 best,
                 window.lse,
                 scaling,
@@ -458,8 +463,10 @@ class AlayaLayer(CacheLayerMixin):
                 softcap,
                 self.probe is not None and self.probe.recovery,
             )
-            parts.append(part)
+            parts.append(retrieved)
         record = None if self.probe is None else self._record(tokens, parts, stats)
+        if residual is not None:
+            parts.append(residual)
         # Late materialisation: tokens leave the window in batches, after the step that filled it.
         moved = self._append(
             keys[:, :, :0], values[:, :, :0], None, self._keep(0, self.config.window.overflow)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from alaya_hf.engine.plan import Plan
 from alaya_hf.index import Hits
 from alaya_hf.kernels import host
 from alaya_hf.kernels.partial import Partial, merge
-from alaya_hf.planner import Plan
 from alaya_hf.storage import HostStore, Piece
 
 
@@ -33,21 +33,12 @@ def _search(
         piece.segment.searcher(plan.index).search(q, piece.kv, plan.query, best, scaling, window_lse)
         for piece in pieces
     ]
-    if len(hits) == 1:
+    if len(hits) == 1 or not plan.query.cut_again:
         return hits
     # Each segment answered for itself; the cut over all of them is the same rule applied to what they found.
-    kv_heads, group = q.shape[:2]
-    width = max(int(found.ids.numel()) for found in hits)
-    merged = q.new_full((kv_heads, group, len(hits) * max(1, width)), float("-inf"))
-    for number, found in enumerate(hits):
-        counts = found.offsets[1:] - found.offsets[:-1]
-        column = torch.arange(found.ids.numel()) - torch.repeat_interleave(found.offsets[:-1], counts)
-        scores = found.scores.masked_fill(found.mask == 0, float("-inf"))
-        merged[found.kv_head, :, number * width + column] = scores.T
-    threshold = plan.query.threshold(merged, best, scaling, window_lse)
-    return [
-        found.keep((found.mask != 0) & (found.scores >= threshold[found.kv_head].T)) for found in hits
-    ]
+    together = torch.cat([found.as_rows() for found in hits], dim=2)
+    threshold = plan.query.threshold(together, best, scaling, window_lse)
+    return [found.at_least(threshold) for found in hits]
 
 
 def retrieve(
@@ -60,7 +51,7 @@ def retrieve(
     group_mode: str = "union",
     softcap: float | None = None,
     want_everything_lse: bool = False,
-) -> tuple[Partial, RetrievalStats]:
+) -> tuple[Partial, Partial | None, RetrievalStats]:
     """Attend to the critical tokens of every row's offloaded context.
 
     Runs on the host, next to the data: queries travel to it and results back, keys and values stay.
@@ -77,13 +68,16 @@ def retrieve(
     group_mode : {"union", "per_head"}
         See :class:`alaya_hf.AlayaConfig`. Positions of one pass count as members of the group.
     softcap : float, optional
+        Cap on the logits; only with a query that keeps all.
     want_everything_lse : bool
         Also compute the log-sum-exp over all offloaded tokens, for the recovery ratio. Costs a dense pass.
 
     Returns
     -------
-    partial : Partial
-        ``[batch, heads, q_len]``, on the device of ``q``.
+    retrieved : Partial
+        ``[batch, heads, q_len]`` on the device of ``q``: the critical tokens, exactly.
+    residual : Partial or None
+        The same shape: the estimate of the tokens left out, if the plan has one.
     stats : RetrievalStats
     """
     batch, heads, q_len, head_dim = q.shape
@@ -96,29 +90,37 @@ def retrieve(
         return tensor.to("cpu", torch.float32).reshape(batch, kv_heads, -1, *tensor.shape[3:])
 
     q_host, best_host, lse_host = folded(q), folded(best), folded(window_lse)
-    rows, everything = [], []
+    rows, residuals, everything = [], [], []
     for row in range(batch):
         pieces = [piece for piece in store.rows[row] if piece.length]
         shape = q_host.shape[1:3]
         parts = [Partial.empty(shape, head_dim)]
+        residual = [Partial.empty(shape, head_dim)]
         if plan.query.keeps_all:
             parts += [host.dense_attention(q_host[row], piece.kv, scaling, softcap) for piece in pieces]
             count = store.length(row)
             stats.retrieved[row] = stats.fetched[row] = count  # type: ignore[index]
             stats.touched += kv_heads * count
             stats.ids.append(torch.arange(count, dtype=torch.int32).repeat(kv_heads))
-        elif pieces and not plan.query.keeps_none:
+        elif pieces and not (plan.query.keeps_none and plan.residual.is_none):
+            for piece in pieces:
+                # First, so that an index that reads the same low-bit copy finds it there.
+                plan.residual.prepare(piece.segment)
             found = _search(q_host[row], pieces, plan, best_host[row], scaling, lse_host[row])
             start = 0
             for piece, hits in zip(pieces, found, strict=True):
                 mask = None if group_mode == "union" else hits.mask
-                parts.append(
-                    host.gather_attention(q_host[row], piece.kv, hits.ids, hits.offsets, scaling, mask, softcap)
-                )
+                if hits.ids.numel():
+                    parts.append(
+                        host.gather_attention(q_host[row], piece.kv, hits.ids, hits.offsets, scaling, mask)
+                    )
                 _count(stats, row, hits, heads, q_len)
                 stats.ids.append(hits.ids + start)
+                if not plan.residual.is_none:
+                    residual.append(plan.residual.estimate(q_host[row], piece, hits, mask, scaling))
                 start += piece.length
         rows.append(merge(parts))
+        residuals.append(merge(residual))
         if want_everything_lse:
             dense = [host.dense_attention(q_host[row], piece.kv, scaling, softcap).lse for piece in pieces]
             everything.append(
@@ -127,8 +129,11 @@ def retrieve(
     stats.bytes_read = int(stats.fetched.sum()) * 2 * head_dim * store.dtype.itemsize  # type: ignore[union-attr]
     if want_everything_lse:
         stats.everything_lse = torch.stack(everything).reshape(batch, heads, q_len)
-    out = Partial(torch.stack([part.out for part in rows]), torch.stack([part.lse for part in rows]))
-    return out.reshape(batch, heads, q_len).to(q.device), stats
+    def stacked(partials: list[Partial]) -> Partial:
+        out = Partial(torch.stack([part.out for part in partials]), torch.stack([part.lse for part in partials]))
+        return out.reshape(batch, heads, q_len).to(q.device)
+
+    return stacked(rows), None if plan.residual.is_none else stacked(residuals), stats
 
 
 def _count(stats: RetrievalStats, row: int, hits: Hits, heads: int, q_len: int) -> None:

@@ -1,6 +1,8 @@
 """How the critical tokens are found: one file, one class each."""
 
 from alaya_hf.index.base import Hits, Index, Searcher
+from alaya_hf.index.coarse import Coarse
 from alaya_hf.index.flat import Flat
+from alaya_hf.index.quantized import Quantized
 
-__all__ = ["Flat", "Hits", "Index", "Searcher"]
+__all__ = ["Coarse", "Flat", "Hits", "Index", "Quantized", "Searcher"]

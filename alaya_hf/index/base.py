@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ class Hits:
         ``[group, total]`` float32, exact scores of the ids for every query head of the group.
     touched : int
         Keys whose score was computed, exactly or approximately, summed over KV heads.
+    all_scores : Tensor or None
+        ``[kv_heads, group, n]`` float32, scores of every token where the index computed them (exact or approximate); the
+        residual reuses them. May be overwritten by its first reader.
     """
 
     ids: Tensor
@@ -35,6 +39,7 @@ class Hits:
     mask: Tensor
     scores: Tensor
     touched: int = 0
+    all_scores: Tensor | None = None
 
     @property
     def kv_head(self) -> Tensor:
@@ -42,13 +47,30 @@ class Hits:
         counts = self.offsets[1:] - self.offsets[:-1]
         return torch.repeat_interleave(torch.arange(counts.numel()), counts)
 
+    def as_rows(self) -> Tensor:
+        """Scores as ``[kv_heads, group, longest]``, ``-inf`` where a head did not ask."""
+        counts = self.offsets[1:] - self.offsets[:-1]
+        width = int(counts.max()) if counts.numel() else 0
+        rows = self.scores.new_full((counts.numel(), self.scores.shape[0], width), float("-inf"))
+        column = torch.arange(self.ids.numel()) - torch.repeat_interleave(self.offsets[:-1], counts)
+        rows[self.kv_head, :, column] = self.scores.masked_fill(self.mask == 0, float("-inf")).T
+        return rows
+
+    def cut(self, query: Query, best: Tensor, scaling: float, window_lse: Tensor) -> Hits:
+        """Apply a query's rule to the scores of these hits."""
+        return self.at_least(query.threshold(self.as_rows(), best, scaling, window_lse))
+
+    def at_least(self, threshold: Tensor) -> Hits:
+        """Drop what does not reach ``threshold`` (``[kv_heads, group]``)."""
+        return self.keep((self.mask != 0) & (self.scores >= threshold[self.kv_head].T))
+
     def keep(self, mask: Tensor) -> Hits:
         """Restrict to ``mask`` (``[group, total]``) and drop ids that no head asks for any more."""
         kept = mask.any(dim=0)
         counts = torch.zeros(self.offsets.numel() - 1, dtype=torch.int64)
         counts.index_add_(0, self.kv_head[kept], torch.ones(int(kept.sum()), dtype=torch.int64))
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return Hits(self.ids[kept], offsets, mask[:, kept].to(torch.uint8), self.scores[:, kept], self.touched)
+        return Hits(self.ids[kept], offsets, mask[:, kept].to(torch.uint8), self.scores[:, kept], self.touched, self.all_scores)
 
 
 class Searcher(ABC):
@@ -96,7 +118,19 @@ class Index(ABC):
     """Parameters of an index: a frozen dataclass registered by name."""
 
     kind: str
+    #: Query vectors to sample during prefill, as a share of the number of keys; 0 for none.
+    sample_ratio: ClassVar[float] = 0.0
+    #: Whether a search scores every token, exactly or approximately.
+    scores_all: ClassVar[bool] = False
 
     @abstractmethod
-    def open(self, kv_heads: int, head_dim: int) -> Searcher:
-        """An empty searcher for one segment."""
+    def open(self, segment: Any) -> Searcher:
+        """An empty searcher for a :class:`~alaya_hf.storage.Segment`."""
+
+    def check(self, query: Query) -> None:
+        """Refuse queries that this index cannot answer.
+
+        Raises
+        ------
+        ConfigError
+        """

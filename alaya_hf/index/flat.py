@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -20,7 +21,9 @@ class Flat(Index):
     Costs one read of all keys per step (``n * head_dim`` elements per KV head).
     """
 
-    def open(self, kv_heads: int, head_dim: int) -> FlatSearcher:
+    scores_all: ClassVar[bool] = True
+
+    def open(self, segment: object) -> FlatSearcher:
         """See :meth:`Index.open`."""
         return FlatSearcher()
 
@@ -37,7 +40,7 @@ class FlatSearcher(Searcher):
         scores = host.scan_scores(q, kv)
         threshold = query.threshold(scores, best, scaling, window_lse)
         ids, offsets, mask = host.select_threshold(scores, threshold)
-        hits = Hits(ids, offsets, mask, scores.new_empty(0), touched=kv.shape[0] * kv.shape[1])
+        hits = Hits(ids, offsets, mask, scores.new_empty(0), touched=kv.shape[0] * kv.shape[1], all_scores=scores)
         hits.scores = scores[hits.kv_head, :, ids.long()].T.contiguous()
         return hits
 

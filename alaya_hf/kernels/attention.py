@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from alaya_hf.kernels.host import logits_of
+from alaya_hf.kernels.logits import logits_of
 from alaya_hf.kernels.partial import Partial
 
 # Logits held at a time by the plain implementation (elements).

@@ -1,5 +1,5 @@
 """Which query on which index, per layer and step."""
 
-from alaya_hf.planner.plan import Plan, choose
+from alaya_hf.planner.choose import choose
 
-__all__ = ["Plan", "choose"]
+__all__ = ["choose"]

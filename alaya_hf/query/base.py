@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -14,6 +15,10 @@ class Query(ABC):
     """
 
     kind: str
+    #: Whether the cut depends on the score of every token, so that only indexes that score all of them can answer.
+    needs_all_scores: ClassVar[bool] = False
+    #: Whether the rule has to be applied again to what several segments found, each for itself.
+    cut_again: ClassVar[bool] = True
 
     @abstractmethod
     def threshold(self, scores: Tensor, best: Tensor, scaling: float, window_lse: Tensor) -> Tensor:

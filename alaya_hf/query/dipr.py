@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alaya_hf.errors import ConfigError
+from alaya_hf.kernels.cpu.select import row_max
 from alaya_hf.query.base import Query
 from alaya_hf.registry import QUERIES
 
@@ -65,5 +66,5 @@ class DIPR(Query):
     def threshold(self, scores: Tensor, best: Tensor, scaling: float, window_lse: Tensor) -> Tensor:
         """The best score minus ``beta``, see :meth:`Query.threshold`."""
         if scores.shape[-1]:
-            best = torch.maximum(best, scores.amax(dim=-1))
+            best = torch.maximum(best, row_max(scores.contiguous()))
         return best - self.range(scaling)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alaya_hf.kernels.cpu.blocks import BlockMeans
+from alaya_hf.kernels.cpu.lowbit import LowBitKV
 from alaya_hf.storage.memory import check_host_memory
 
 
@@ -35,6 +37,8 @@ class Segment:
         self.used = 0
         self.shared = False
         self._searchers: dict[Any, Any] = {}
+        self._lowbits: dict[tuple[int, int | None], LowBitKV] = {}
+        self._means: dict[tuple[int, bool, int | None], BlockMeans] = {}
         self._samples: list[Tensor] = []
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Segment:
@@ -56,6 +60,11 @@ class Segment:
     def index_nbytes(self) -> int:
         """Bytes of the indexes."""
         return sum(searcher.nbytes for searcher in self._searchers.values())
+
+    @property
+    def lowbit_nbytes(self) -> int:
+        """Bytes of the low-bit copies and block means, which answer for all tokens."""
+        return sum(part.nbytes for part in (*self._lowbits.values(), *self._means.values()))
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` in all.
@@ -93,6 +102,10 @@ class Segment:
         """Forget all but the first ``tokens``. Indexes over more than that are dropped and built again when asked."""
         self.used = tokens
         self._searchers = {key: s for key, s in self._searchers.items() if s.num_tokens <= tokens}
+        for low in self._lowbits.values():
+            low.truncate(min(tokens, low.num_tokens))
+        # A block that is cut would have to be averaged again; it is cheaper to start over when they are next asked for.
+        self._means = {}
 
     def add_samples(self, queries: Tensor) -> None:
         """Keep query vectors (``[kv_heads, s, head_dim]``) for building the index."""
@@ -108,9 +121,45 @@ class Segment:
         """
         searcher = self._searchers.get(index)
         if searcher is None:
-            searcher = self._searchers[index] = index.open(self._buffer.shape[0], self._buffer.shape[3])
+            searcher = self._searchers[index] = index.open(self)
         if searcher.num_tokens < self.used:
             queries = torch.cat(self._samples, dim=1) if self._samples else None
             searcher.extend(self.kv[:, searcher.num_tokens :], queries)
             self._samples = []
         return searcher
+
+    def lowbit(self, key_bits: int, value_bits: int | None) -> LowBitKV:
+        """The low-bit copy of this segment, brought up to date.
+
+        Index and residual share one copy: asking for keys alone returns a copy that has values as well, if there is one.
+
+        Parameters
+        ----------
+        key_bits : {2, 4, 8}
+        value_bits : {2, 4} or None
+            None: only the keys are needed.
+        """
+        copies = [low for (bits, _), low in self._lowbits.items() if bits == key_bits]
+        low = self._lowbits.get((key_bits, value_bits))
+        if low is None and value_bits is None and copies:
+            low = copies[0]
+        if low is None:
+            low = LowBitKV(self._buffer.shape[0], self._buffer.shape[3], key_bits, value_bits)
+            self._lowbits[key_bits, value_bits] = low
+        if low.num_tokens < self.used:
+            low.append(self.kv[:, low.num_tokens :])
+        return low
+
+    def means(self, block: int, with_keys: bool, tokens: int) -> BlockMeans:
+        """Block means of the values (and keys) of the first ``tokens`` tokens.
+
+        The means over the whole segment grow with it; those over a shorter prefix are kept too, for the rows that read it.
+        """
+        key = (block, with_keys, None if tokens == self.used else tokens)
+        means = self._means.get(key)
+        if means is None:
+            means = BlockMeans(self._buffer.shape[0], self._buffer.shape[3], block, with_keys)
+            self._means[key] = means
+        if means.num_tokens < tokens:
+            means.append(self.kv[:, means.num_tokens : tokens])
+        return means

@@ -2,33 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from alaya_hf.config import AlayaConfig
+from alaya_hf.engine.plan import Plan
 from alaya_hf.query import Full
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What one layer does in one step with its offloaded tokens.
-
-    Attributes
-    ----------
-    query : Query
-    index : Index
-    residual : Residual
-    reason : str
-        Why this plan and no other, for people.
-    """
-
-    query: Any
-    index: Any
-    residual: Any
-    reason: str
-
-
-def choose(config: AlayaConfig, layer_idx: int) -> Plan:
+def choose(config: AlayaConfig, layer_idx: int, softcap: float | None = None) -> Plan:
     """The plan of a layer.
 
     Parameters
@@ -36,6 +15,8 @@ def choose(config: AlayaConfig, layer_idx: int) -> Plan:
     config : AlayaConfig
         Of this layer (:meth:`AlayaConfig.for_layer`).
     layer_idx : int
+    softcap : float, optional
+        The model's cap on logits. Estimates of left-out tokens assume uncapped logits, so such layers attend fully.
 
     Notes
     -----
@@ -45,4 +26,6 @@ def choose(config: AlayaConfig, layer_idx: int) -> Plan:
     """
     if layer_idx in config.dense_layers:
         return Plan(Full(), config.index, config.residual, "dense layer")
+    if softcap is not None:
+        return Plan(Full(), config.index, config.residual, "capped logits")
     return Plan(config.query, config.index, config.residual, "as configured")
