@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -82,11 +83,40 @@ class AlayaCache(Cache):
         """A cache with the layer types of ``model``; other arguments as for the constructor."""
         return cls(settings, config=model.config, **kwargs)
 
+    def fork(self, settings: AlayaConfig | str | None = None) -> AlayaCache:
+        """A copy that shares the offloaded context, optionally with other settings.
+
+        One prefilled document answers many questions, under as many systems as one likes: what comes after goes to each
+        copy alone.
+
+        Parameters
+        ----------
+        settings : AlayaConfig or str, optional
+            The copy's settings. Those with another window or ``store_dtype`` copy the context.
+        """
+        if settings is None:
+            return deepcopy(self)
+        if isinstance(settings, str):
+            settings = AlayaConfig.preset(settings)
+        copy = type(self)(settings, probe=self._probe, probe_recovery=self._probe_recovery)
+        copy._bound, copy._token_ids = self._bound, self._token_ids
+        for idx, layer in enumerate(self.layers):
+            if isinstance(layer, AlayaLayer):
+                forked = layer.with_config(settings.for_layer(idx))
+                forked.forward = copy._forward
+                forked.probe = copy._new_probe()
+                copy.layers.append(forked)
+            else:
+                copy.layers.append(deepcopy(layer))
+        return copy
+
     # Layers -----------------------------------------------------------------------------------------------------------
 
+    def _new_probe(self) -> Probe | None:
+        return Probe(recovery=self._probe_recovery) if self._probe else None
+
     def _new_layer(self, layer_idx: int) -> AlayaLayer:
-        probe = Probe(recovery=self._probe_recovery) if self._probe else None
-        return AlayaLayer(self.settings.for_layer(layer_idx), layer_idx, self._forward, probe)
+        return AlayaLayer(self.settings.for_layer(layer_idx), layer_idx, self._forward, self._new_probe())
 
     def bind(self, config: PreTrainedConfig | None) -> None:
         """Take the layer types from a model's configuration, once; called by the mask functions.

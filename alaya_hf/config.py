@@ -94,6 +94,9 @@ class AlayaConfig:
         Offloaded tokens that a prefill chunk brings to the device at a time.
     store_dtype : {"auto", "float32", "float16", "bfloat16"}
         Precision of the offloaded keys and values; ``"auto"`` keeps the model's.
+    sample_queries : float, optional
+        Query vectors to keep during prefill for building the index, as a share of the number of keys. None: what the
+        index asks for. They are dropped once the index is built.
     layers : mapping of int to mapping
         Overrides for single layers, for example ``{0: {"index": "flat"}}``. The key ``"default"`` sets every other
         layer.
@@ -114,6 +117,7 @@ class AlayaConfig:
     max_sparse_queries: int = 64
     prefill_block: int = 8192
     store_dtype: str = "auto"
+    sample_queries: float | None = None
     layers: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -128,6 +132,8 @@ class AlayaConfig:
             raise ConfigError(f"store_dtype must be one of {', '.join(STORE_DTYPES)}, but got {self.store_dtype!r}.")
         for name, minimum in (("min_context", 0), ("max_sparse_queries", 1), ("prefill_block", 1)):
             _check_int(name, getattr(self, name), minimum)
+        if self.sample_queries is not None and not 0 <= float(self.sample_queries) <= 1:
+            raise ConfigError(f"sample_queries must be in [0, 1] or null, but got {self.sample_queries!r}.")
         if not isinstance(self.dense_layers, (tuple, list)):
             raise ConfigError(f"dense_layers must be a list of layer numbers, but got {self.dense_layers!r}.")
         for layer in self.dense_layers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -272,6 +273,47 @@ class AlayaLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Nothing: this layer offloads by itself."""
 
+    def with_config(self, config: AlayaConfig) -> AlayaLayer:
+        """A copy that shares the offloaded context and asks other questions of it.
+
+        Parameters
+        ----------
+        config : AlayaConfig
+            Another window or ``store_dtype`` copies the context; anything else shares it.
+        """
+        copy = deepcopy(self)
+        old, copy.config = copy.config, config
+        same = (config.window.init, config.window.local) == (old.window.init, old.window.local)
+        if not copy.is_initialized or (same and config.store_dtype == old.store_dtype):
+            return copy
+        keys, values = copy.contents()
+        valid = copy._valid
+        copy._clear()
+        copy.lazy_initialization(keys, values)
+        copy._append(keys, values, valid, copy._keep(keys.shape[2], 0))
+        return copy
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """Everything cached, in order: two ``[batch, kv_heads, tokens, head_dim]`` on the layer's device.
+
+        Padding columns are zero. Copies the whole context.
+        """
+        assert self.window is not None and self.store is not None
+        shape = (self.batch_size, self.store.kv_heads, self._columns, self.store.head_dim)
+        keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        values = torch.zeros_like(keys)
+        for row in range(self.batch_size):
+            k, v = self.window.row(row)
+            first = self.window.init_lengths[row]
+            for side, (target, parts) in enumerate(((keys, k), (values, v))):
+                stored = [piece.kv[:, :, side].to(self.device, self.dtype) for piece in self.store.rows[row]]
+                tokens = torch.cat([parts[:, :first], *stored, parts[:, first:]], dim=1)
+                if self._valid is None:
+                    target[row] = tokens
+                else:
+                    target[row][:, self._valid[row].to(self.device)] = tokens
+        return keys, values
+
     # Memory -----------------------------------------------------------------------------------------------------------
 
     @property
@@ -400,7 +442,9 @@ class AlayaLayer(CacheLayerMixin):
             self.probe.steps.append(record)
         return out.to(query.dtype).transpose(1, 2).contiguous()
 
-    def _append(self, keys: Tensor, values: Tensor, valid: Tensor | None, keep: int) -> int:
+    def _append(
+        self, keys: Tensor, values: Tensor, valid: Tensor | None, keep: int, samples: list[Tensor] | None = None
+    ) -> int:
         """Take new columns in; returns the bytes that went to the store."""
         assert self.window is not None and self.store is not None
         if valid is not None or self._valid is not None:
@@ -410,7 +454,7 @@ class AlayaLayer(CacheLayerMixin):
             self._valid = torch.cat([old, new], dim=1)
         leaving = self.window.push(keys, values, valid, keep)
         self._columns += keys.shape[2]
-        return self.store.append(*leaving)
+        return self.store.append(*leaving, queries=samples)
 
     def _keep(self, tokens: int, slack: int) -> int:
         """Recent columns to keep after ``tokens`` more have come in."""
@@ -419,6 +463,35 @@ class AlayaLayer(CacheLayerMixin):
         if total <= self.config.min_context or self.window.recent + tokens <= self.config.window.local + slack:
             return total
         return self.config.window.local
+
+    def _sample(self, query: Tensor, valid: Tensor | None) -> list[Tensor] | None:
+        """Query vectors of this pass for building indexes, per row ``[kv_heads, s, head_dim]`` float32 on the host.
+
+        Sampled evenly over positions and over the query heads of each group, since one index serves them all (AlayaDB,
+        section 6.3).
+        """
+        ratio = self.config.sample_queries
+        if ratio is None:
+            ratio = self.config.index.sample_ratio
+        if not ratio:
+            return None
+        batch, heads, tokens, head_dim = query.shape
+        assert self.store is not None
+        kv_heads = self.store.kv_heads
+        grouped = query.view(batch, kv_heads, heads // kv_heads, tokens, head_dim)
+        samples = []
+        for row in range(batch):
+            places = torch.arange(tokens) if valid is None else valid[row].nonzero().flatten()
+            count = int(len(places) * ratio)
+            if not count:
+                samples.append(torch.empty(kv_heads, 0, head_dim))
+                continue
+            chosen = torch.linspace(0, len(places) - 1, count).round().long()
+            group = torch.arange(count) % (heads // kv_heads)
+            device = query.device
+            taken = grouped[row][:, group.to(device), places[chosen].to(device)]
+            samples.append(taken.to("cpu", torch.float32))
+        return samples
 
     def _prefill(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
@@ -431,7 +504,8 @@ class AlayaLayer(CacheLayerMixin):
             parts.append(attend_window(query, self.window, scaling, softcap))
             part, moved = attend_store(query, self.store, self.config.prefill_block, scaling, softcap)
             parts.append(part)
-        moved += self._append(keys, values, valid, self._keep(query.shape[2], 0))
+        samples = self._sample(query, valid)
+        moved += self._append(keys, values, valid, self._keep(query.shape[2], 0), samples)
         if self.probe is None:
             return parts, None
         return parts, StepRecord("prefill", query.shape[2], context, context, 0, 0, 0, None, None, moved, 0.0)
@@ -449,6 +523,8 @@ class AlayaLayer(CacheLayerMixin):
             causal = torch.ones(tokens, width, dtype=torch.bool, device=query.device).tril(width - tokens)
             mask = causal if mask is None else mask & causal
         window, best = window_attention(query, window_keys, window_values, scaling, mask, softcap)
+        if self.probe is not None and self.probe.observer is not None:
+            self.probe.observer(self, query, best, window.lse)
         parts = [window]
         residual, stats = None, RetrievalStats()
         if any(self.store.lengths):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,9 +62,13 @@ class Probe:
     ----------
     recovery : bool
         Also compute the recovery ratio, which costs a dense pass over the offloaded keys in every step.
+    observer : callable, optional
+        Called in every decode step with the layer, the queries ``[batch, heads, q_len, head_dim]``, and the best score and
+        log-sum-exp of the window (``[batch, heads, q_len]``), before anything is retrieved.
     """
 
     recovery: bool = False
+    observer: Callable[[Any, Tensor, Tensor, Tensor], None] | None = None
     steps: list[StepRecord] = field(default_factory=list)
     ids: list[Tensor] = field(default_factory=list)
     head_counts: list[Tensor] = field(default_factory=list)

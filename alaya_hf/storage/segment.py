@@ -125,7 +125,9 @@ class Segment:
         if searcher.num_tokens < self.used:
             queries = torch.cat(self._samples, dim=1) if self._samples else None
             searcher.extend(self.kv[:, searcher.num_tokens :], queries)
-            self._samples = []
+            if not self.shared:
+                # Needed once; copies of the cache may still build other indexes from them.
+                self._samples = []
         return searcher
 
     def lowbit(self, key_bits: int, value_bits: int | None) -> LowBitKV:

@@ -157,6 +157,16 @@ class Window:
         span = slice(have - tokens, have)
         return self._keys[row, :, span].clone(), self._values[row, :, span].clone()
 
+    def row(self, row: int) -> tuple[Tensor, Tensor]:
+        """The tokens of one row, padding excluded: two ``[kv_heads, w, head_dim]``, copies."""
+        end = self.init + self.recent
+        places = torch.arange(self.init_lengths[row])
+        recent = torch.arange(self.init, end)
+        if self._valid is not None:
+            recent = recent[self._valid[row]]
+        places = torch.cat([places, recent]).to(self._keys.device)
+        return self._keys[row][:, places], self._values[row][:, places]
+
     def view(self) -> tuple[Tensor, Tensor, Tensor | None]:
         """What the window holds now.
 

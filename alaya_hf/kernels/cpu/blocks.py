@@ -18,7 +18,7 @@ from alaya_hf.kernels.cpu.numeric import (
     fmax,
     splits,
 )
-from alaya_hf.kernels.cpu.tiles import NO_MAX, TILE, combine, padded_group, pad_queries, tile_scores, tile_update
+from alaya_hf.kernels.cpu.tiles import NO_MAX, TILE, combine, pad_queries, padded_group, tile_scores, tile_update
 from alaya_hf.kernels.partial import Partial
 
 __all__ = ["BlockMeans", "block_mean_attention", "block_mean_attention_reference"]
@@ -160,7 +160,7 @@ def _lower_bound(ids, first, last, token):
 @njit(fastmath=FASTMATH, cache=True, nogil=True, error_model="numpy")
 def _block_range(
     q, q_at, group, d, n, block, values, keys, use_keys, means_at, scores, scores_at, factor, store, head_at, ids,
-    cursor, ids_end, mask, masked, total, first, last, m, l, acc, at,
+    cursor, ids_end, mask, masked, total, first, last, m, norm, acc, at,
 ):  # fmt: skip
     rows = group + 1 if group % 4 == 3 else group
     tops = np.zeros(rows * TILE, np.float32)  # largest logit of a block
@@ -215,7 +215,7 @@ def _block_range(
                 best = fmax(tops[row + b], best)
             rescale = exp2_f32(m[at + g] - best)
             m[at + g] = best
-            l[at + g] *= rescale
+            norm[at + g] *= rescale
             for c in range(d):
                 acc[(at + g) * d + c] *= rescale
             for b in range(count):
@@ -224,7 +224,7 @@ def _block_range(
                 p = np.float32(0.0)
                 if left > 0:
                     p = masses[row + b] * exp2_f32(tops[row + b] - best)
-                l[at + g] += p
+                norm[at + g] += p
                 per_left[row + b] = p / np.float32(max(left, 1))
                 masses[row + b] = per_left[row + b] * np.float32(size)
             for b in range(count, (count + 3) // 4 * 4):
@@ -254,7 +254,7 @@ def _block_range(
 @njit(parallel=True, fastmath=FASTMATH, cache=True, nogil=True, error_model="numpy")
 def _blocks(
     q, heads, group, rows, d, n, block, values, keys, use_keys, capacity, scores, factor, store, stride, ids, offsets,
-    mask, masked, total, parts, m, l, acc,
+    mask, masked, total, parts, m, norm, acc,
 ):  # fmt: skip
     blocks = (n + block - 1) // block
     for task in prange(heads * parts):
@@ -265,7 +265,7 @@ def _blocks(
         cursor = _lower_bound(ids, offsets[h], offsets[h + 1], first * block)
         _block_range(
             q, h * rows * d, group, d, n, block, values, keys, use_keys, h * capacity, scores, h * group * n, factor,
-            store, h * stride, ids, cursor, offsets[h + 1], mask, masked, total, first, last, m, l, acc, task * rows,
+            store, h * stride, ids, cursor, offsets[h + 1], mask, masked, total, first, last, m, norm, acc, task * rows,
         )  # fmt: skip
 
 
@@ -301,13 +301,13 @@ def block_mean_attention(
     scaling : float
         Positive.
     scores : Tensor ``[kv_heads, group, num_tokens]`` float32, optional
-        (Approximate) raw scores: a block's mass is ``sum exp(logit)`` over its tokens that are left. Without them the mass
-        is ``tokens left * exp(q . mean key * scaling)``, which needs `means` with keys.
+        (Approximate) raw scores: a block's mass is ``sum exp(logit)`` over its tokens that are left. Without them the
+        mass is ``tokens left * exp(q . mean key * scaling)``, which needs `means` with keys.
     kv : Tensor ``[kv_heads, tokens, 2, head_dim]``, optional
         The store; needed with `ids`.
     ids, offsets, mask
-        The selected tokens as in :func:`~alaya_hf.kernels.cpu.gather.gather_attention`, ids **ascending** within a head. A
-        query head whose mask is 0 for a token keeps it in the residual.
+        The selected tokens as in :func:`~alaya_hf.kernels.cpu.gather.gather_attention`, **ascending** within a head.
+        A query head whose mask is 0 for a token keeps it in the residual.
 
     Returns
     -------
@@ -325,7 +325,7 @@ def block_mean_attention(
     """
     _check(q, means, scores, kv, ids, offsets)
     heads, group, d = q.shape
-    n, blocks = means.num_tokens, means.num_blocks
+    n = means.num_tokens
     out, lse = torch.zeros(heads, group, d), torch.full((heads, group), float("-inf"))
     if not n or not q.numel():
         return Partial(out, lse)
@@ -335,7 +335,7 @@ def block_mean_attention(
     store, stride = flat_store(kv)
     rows, parts = padded_group(group), splits(heads, n)
     m = np.full(heads * parts * rows, NO_MAX, np.float32)
-    l = np.zeros(heads * parts * rows, np.float32)
+    norm = np.zeros(heads * parts * rows, np.float32)
     acc = np.zeros(heads * parts * rows * d, np.float32)
     values = as_numpy(means.value_means.view(-1))
     keys = values if means.key_means is None else as_numpy(means.key_means.view(-1))
@@ -345,9 +345,9 @@ def block_mean_attention(
         means.value_means.shape[1], nothing if scores is None else scores.contiguous().view(-1).numpy(),
         np.float32(scaling * LOG2E), store, stride, ids.numpy(), offsets.numpy(),
         np.empty(0, np.uint8) if mask is None else mask.contiguous().view(-1).numpy(), mask is not None, ids.numel(),
-        parts, m, l, acc,
+        parts, m, norm, acc,
     )  # fmt: skip
-    combine(m, l, acc, heads, parts, group, rows, d, out.view(-1).numpy(), lse.view(-1).numpy())
+    combine(m, norm, acc, heads, parts, group, rows, d, out.view(-1).numpy(), lse.view(-1).numpy())
     return Partial(out, lse)
 
 

@@ -1,8 +1,8 @@
 """The low-bit copy of one context's keys and values: quantisation, packing, growth.
 
 Keys: min-max per channel per group of 64 tokens. Values: min-max per token per group of 32 channels (KIVI,
-arXiv 2402.02750, section 3: keys have outlier channels, values do not). Steps and offsets are float16, rounded outwards so
-that every value lies inside its range and the error is at most half a step.
+arXiv 2402.02750, section 3: keys have outlier channels, values do not). Steps and offsets are float16, rounded outwards
+so that every value lies inside its range and the error is at most half a step.
 """
 
 from __future__ import annotations
@@ -171,8 +171,9 @@ class LowBitKV:
         Bytes held for the tokens stored, steps, offsets and the unquantised tail included; spare capacity not.
     key_words : Tensor ``[kv_heads, capacity_groups, head_dim * key_bits / 32, 64]`` int32
         Channel-major inside a group, so that tokens are the vector lanes. With ``planes = 8 / key_bits``, word `w` of a
-        token holds channels ``4 * planes * w ...``: byte `b`, bits ``p * key_bits ...`` is channel ``4 * (planes * w + p)
-        + b``. Four neighbouring channels in the four bytes of a lane is what the 8-bit dot-product instructions want.
+        token holds channels ``4 * planes * w ...``: byte `b`, bits ``p * key_bits ...`` is channel
+        ``4 * (planes * w + p) + b``. Four neighbouring channels in the four bytes of a lane is what the 8-bit
+        dot-product instructions want.
     key_scale, key_bias : Tensor ``[kv_heads, capacity_groups, head_dim]`` float16
     value_codes : Tensor ``[kv_heads, capacity_tokens, head_dim * value_bits / 8]`` uint8
         Token-major; the channels of a group of 32 are spread over planes: byte `i`, bits ``p * value_bits ...`` is

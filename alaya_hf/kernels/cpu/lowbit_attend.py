@@ -19,6 +19,7 @@ from alaya_hf.kernels.cpu.numeric import (
     FASTMATH,
     LN2,
     LOG2E,
+    VL,
     _at,
     _data,
     _splat,
@@ -47,21 +48,26 @@ def _make_unpack(bits: int, width: int) -> Any:
                 _data(context, builder, ty, args[i]) for ty, i in ((out, 0), (codes, 2), (params, 4))
             )
             raw = ir.VectorType(ir.IntType(8), per_plane)
-            lanes = ir.VectorType(_F32, per_plane)
 
             def half(shift: int) -> ir.Value:
                 bits16 = builder.load(_at(builder, p_ptr, builder.add(args[5], ir.Constant(_I64, shift))))
                 wide = builder.fpext(builder.bitcast(bits16, ir.HalfType()), _F32)
                 return _splat(builder, wide, lanes)
 
-            step, offset = half(0), half(1)
             packed = builder.load(_at(builder, c_ptr, args[3], raw), align=1)
+            pieces = []
             for p in range(8 // bits):
                 shift, mask = (ir.Constant(raw, [x] * per_plane) for x in (bits * p, (1 << bits) - 1))
-                code = builder.and_(builder.lshr(packed, shift), mask)
-                x = builder.sitofp(builder.zext(code, ir.VectorType(_I32, per_plane)), lanes)
+                pieces.append(builder.and_(builder.lshr(packed, shift), mask))
+            while len(pieces) > 1 and pieces[0].type.count < VL:  # neighbouring planes side by side fill a vector
+                both = ir.Constant(ir.VectorType(_I32, 2 * pieces[0].type.count), list(range(2 * pieces[0].type.count)))
+                pieces = [builder.shuffle_vector(x, y, both) for x, y in zip(pieces[::2], pieces[1::2], strict=True)]
+            lanes = ir.VectorType(_F32, pieces[0].type.count)
+            step, offset = half(0), half(1)
+            for i, code in enumerate(pieces):
+                x = builder.sitofp(builder.zext(code, ir.VectorType(_I32, lanes.count)), lanes)
                 x = builder.fadd(builder.fmul(x, step, flags=_FM), offset, flags=_FM)
-                where = _at(builder, o_ptr, builder.add(args[1], ir.Constant(_I64, p * per_plane)), lanes)
+                where = _at(builder, o_ptr, builder.add(args[1], ir.Constant(_I64, i * lanes.count)), lanes)
                 builder.store(x, where, align=4)
             return context.get_dummy_value()
 
@@ -151,7 +157,7 @@ def _tile_masses(scores, heads, group, n, thresholds, skipped, has_skipped, fact
 
 @njit(parallel=True, fastmath=FASTMATH, cache=True, nogil=True, error_model="numpy")
 def _choose_tiles(tops, masses, rows, tiles, skip, top, total, floor):
-    """Per row: maximum, total mass, and the mass below which tiles may be skipped: together at most `skip` of the total."""
+    """Per row: maximum, total mass, and the mass below which tiles may be skipped (at most `skip` of the total)."""
     for row in prange(rows):
         best = NO_MAX
         for i in range(tiles):
@@ -234,8 +240,8 @@ def _residual_range(
 
 @njit(parallel=True, fastmath=FASTMATH, cache=True, nogil=True, error_model="numpy")
 def _residual(
-    scores, heads, group, n, d, thresholds, skipped, has_skipped, factor, top, live, counts, codes, params, capacity, bits,
-    parts, mass, acc,
+    scores, heads, group, n, d, thresholds, skipped, has_skipped, factor, top, live, counts, codes, params, capacity,
+    bits, parts, mass, acc,
 ):  # fmt: skip
     tiles = (n + TILE - 1) // TILE
     rows = group + 1 if group % 4 == 3 else group
@@ -298,8 +304,8 @@ def lowbit_attention(
     Returns
     -------
     Partial
-        ``out`` ``[kv_heads, group, head_dim]`` and ``lse`` ``[kv_heads, group]``. `lse` counts every token that is not left
-        out, skipped or not; `out` is the weighted mean over the tokens read, so that it is off by at most
+        ``out`` ``[kv_heads, group, head_dim]`` and ``lse`` ``[kv_heads, group]``. `lse` counts every token that is not
+        left out, skipped or not; `out` is the weighted mean over the tokens read, so that it is off by at most
         ``2 * skip * max|v|``. Empty for a head with no token left.
 
     Raises
@@ -309,9 +315,9 @@ def lowbit_attention(
 
     Notes
     -----
-    Tile skipping after BLASST (arXiv 2512.12087), with an exact bound instead of a fixed threshold: the scores are known
-    before any value is read, so the lightest tiles are dropped until `skip` of the row's mass is used up. Cost: two reads
-    of the scores and one of the values that matter.
+    Tile skipping after BLASST (arXiv 2512.12087), with an exact bound instead of a fixed threshold: the scores are
+    known before any value is read, so the lightest tiles are dropped until `skip` of the row's mass is used up. Cost:
+    two reads of the scores and one of the values that matter.
     """
     _check(low, scores, thresholds, left_out)
     heads, group, n = scores.shape
@@ -362,6 +368,8 @@ def lowbit_attention_reference(
 ) -> Partial:
     """:func:`lowbit_attention` in plain torch, in the precision of `scores`; `skip` is ignored (nothing is skipped)."""
     _, values = low.dequantize()
+    if values is None:
+        raise ValueError("expected a low-bit copy with values, got one of keys only; build it with value_bits=2 or 4")
     logits = scores * scaling
     if thresholds is not None:
         logits = logits.masked_fill(scores >= thresholds.unsqueeze(-1), float("-inf"))

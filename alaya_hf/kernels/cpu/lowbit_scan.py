@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import llvmlite.binding
+import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -29,8 +30,18 @@ from alaya_hf.kernels.cpu.numeric import (
 
 __all__ = ["lowbit_scores", "lowbit_scores_reference"]
 
-_FEATURES = llvmlite.binding.get_host_cpu_features()
-_INSTRUCTIONS = "vnni" if _FEATURES.get("avx512vnni") else "avx2" if _FEATURES.get("avx2") else "generic"
+
+def _instructions() -> str:
+    """Which 8-bit multiply-add the compiler may emit: NUMBA_CPU_FEATURES where set, else what this processor has."""
+    chosen = numba.config.CPU_FEATURES
+    if chosen is None:
+        features = {name for name, has in llvmlite.binding.get_host_cpu_features().items() if has}
+    else:
+        features = {name[1:] for name in chosen.split(",") if name.startswith("+")}
+    return "vnni" if "avx512vnni" in features else "avx2" if "avx2" in features else "generic"
+
+
+_INSTRUCTIONS = _instructions()
 
 _I8, _I16, _I32, _I64 = (ir.IntType(n) for n in (8, 16, 32, 64))
 _VI32 = ir.VectorType(_I32, VL)
@@ -156,8 +167,8 @@ def _code_scores(acc, words, words_at, count, quads, q_stride, rows, bits):
 def _fold_query(q, q_at, d, bits, scale, bias, folded, codes, group, g):
     """Fold the steps of a group into one query head and round it to integers.
 
-    ``q . k = sum q (step code + offset)``. With integers ``r`` and a step ``delta``, ``q step = delta r + e``. Replacing
-    each code by its middle in the term of ``e`` leaves ``e (code - middle)``, a fraction of the keys' own error.
+    ``q . k = sum q (step code + offset)``. With integers ``r`` and a step ``delta``, ``q step = delta r + e``.
+    Replacing each code by its middle in the term of ``e`` leaves ``e (code - middle)``, a fraction of the keys' error.
 
     Returns ``(delta, constant)`` with ``score = delta * (r . code) + constant``.
     """
@@ -259,9 +270,9 @@ def lowbit_scores(q: torch.Tensor, low: LowBitKV, out: torch.Tensor | None = Non
 
     Notes
     -----
-    The step of each channel is folded into the query, which is rounded to 8 bits per group of 64 tokens (15 bits for 8-bit
-    keys); products are exact integers (AVX-512 VNNI where present). Rounding the query adds at most 8 % to the root mean
-    square error that the 4-bit keys have anyway, typically 1 %. Cost: one read of the packed keys.
+    The step of each channel is folded into the query, which is rounded to 8 bits per group of 64 tokens (15 bits for
+    8-bit keys); products are exact integers (AVX-512 VNNI where present). Rounding the query adds at most 8 % to the
+    root mean square error that the 4-bit keys have anyway, typically 1 %. Cost: one read of the packed keys.
     """
     check_queries(q, low.kv_heads, low.head_dim)
     heads, group, d = q.shape

@@ -1,4 +1,4 @@
-"""Low-level pieces the CPU kernels are made of: loads from 16-bit stores, a vectorisable ``exp2``, dot and update micro-kernels.
+"""What the CPU kernels are made of: loads from 16-bit stores, a vectorisable ``exp2``, dot and update micro-kernels.
 
 Numba has no vector types and no 16-bit floats, so the innermost loops are written as LLVM IR through
 :func:`numba.extending.intrinsic`. The IR uses generic 16-lane vectors: LLVM maps them to one AVX-512 register, two AVX2
@@ -38,7 +38,7 @@ _VF32 = ir.VectorType(_F32, VL)
 
 # ---------------------------------------------------------------------------------------------------------- tensors
 def check_store(kv: torch.Tensor) -> None:
-    """Raise ``ValueError`` unless `kv` is a ``[kv_heads, tokens, 2, head_dim]`` store these kernels can read in place."""
+    """Raise ``ValueError`` unless `kv` is a ``[kv_heads, tokens, 2, head_dim]`` store readable in place."""
     if kv.ndim != 4 or kv.shape[2] != 2:
         raise ValueError(f"expected a store of shape [kv_heads, tokens, 2, head_dim], got {tuple(kv.shape)}")
     if kv.dtype not in (torch.float32, torch.float16, torch.bfloat16):

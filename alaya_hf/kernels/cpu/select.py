@@ -208,7 +208,7 @@ def _recovery(scores, rows, n, factor, ratio, extra, out):
 
 
 def recovery_threshold(scores: torch.Tensor, scaling: float, ratio: float, extra_lse: torch.Tensor) -> torch.Tensor:
-    """Threshold that keeps the fewest highest-scoring tokens which, with the window, hold `ratio` of the attention mass.
+    """Threshold keeping the fewest highest-scoring tokens that, with the window, hold `ratio` of the attention mass.
 
     Parameters
     ----------
@@ -223,8 +223,8 @@ def recovery_threshold(scores: torch.Tensor, scaling: float, ratio: float, extra
     Returns
     -------
     Tensor ``[kv_heads, group]`` float32
-        A token's score (tokens with ``score >= threshold`` are kept, ties included); ``+inf`` where the window is enough
-        by itself, ``-inf`` where every token is needed (always so for a ratio of 1).
+        A token's score (tokens with ``score >= threshold`` are kept, ties included); ``+inf`` where the window is
+        enough by itself, ``-inf`` where every token is needed (always so for a ratio of 1).
 
     Raises
     ------
@@ -233,8 +233,9 @@ def recovery_threshold(scores: torch.Tensor, scaling: float, ratio: float, extra
 
     Notes
     -----
-    A histogram of mass over 40 nats below the maximum finds the bin in which the ratio is crossed; its tokens are then
-    sorted, so the count is minimal up to rounding of the sums. Tokens more than 40 nats down are kept only all together.
+    A histogram of mass over 40 nats below the maximum finds the bin in which the ratio is crossed; its tokens are
+    then sorted, so the count is minimal up to rounding of the sums. Tokens more than 40 nats down are
+    kept only all together.
     """
     if not 0.0 <= ratio <= 1.0:
         raise ValueError(f"expected a recovery ratio within [0, 1], got {ratio}")
@@ -279,6 +280,17 @@ def _count_hits(scores, heads, group, n, thresholds, parts, tile_hits, counts):
         for i in range(tiles * part // parts, tiles * (part + 1) // parts):
             first = i * _TILE
             count = min(_TILE, n - first)
+            some = False
+            for g in range(group):
+                row = h * group + g
+                tile = scores[row * n + first : row * n + first + count]
+                top = np.float32(-np.inf)
+                for t in range(count):
+                    top = fmax(tile[t], top)
+                some |= top >= thresholds[row]
+            if not some:
+                tile_hits[h * tiles + i] = 0
+                continue
             flags[:] = 0
             for g in range(group):
                 row = h * group + g

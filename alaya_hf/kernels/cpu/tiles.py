@@ -1,4 +1,4 @@
-"""The tile loop shared by the CPU attention kernels: scores of a tile, online softmax, weighted values, merge of splits.
+"""The tile loop shared by the CPU attention kernels: tile scores, online softmax, weighted values, merge of splits.
 
 A tile is up to 64 tokens of one KV head for all query heads of its group, so that each key and value byte is read once.
 Inside the kernels logits are kept in base 2 (queries are multiplied by ``scaling * log2(e)`` beforehand).
@@ -114,8 +114,8 @@ def tile_update(acc, acc_at, group, d, p, store, base, count, shift, ahead, look
 
 
 @njit(fastmath=FASTMATH, cache=True, nogil=True, error_model="numpy")
-def softmax_tile(s, group, count, m, l, acc, acc_at, d, at):
-    """One step of the online softmax: turn base-2 logits ``s`` into weights, update ``m``, ``l`` and rescale ``acc``."""
+def softmax_tile(s, group, count, m, norm, acc, acc_at, d, at):
+    """One step of the online softmax: base-2 logits ``s`` become weights; ``m``, ``norm`` and ``acc`` follow."""
     padded = (count + 3) // 4 * 4
     for g in range(group):
         row = s[g * TILE : g * TILE + padded]
@@ -128,7 +128,7 @@ def softmax_tile(s, group, count, m, l, acc, acc_at, d, at):
         if top > old:
             m[at + g] = top
             factor = exp2_f32(old - top)
-            l[at + g] *= factor
+            norm[at + g] *= factor
             rescaled = acc[acc_at + g * d : acc_at + (g + 1) * d]
             for c in range(d):
                 rescaled[c] *= factor
@@ -139,7 +139,7 @@ def softmax_tile(s, group, count, m, l, acc, acc_at, d, at):
             w = exp2_f32(row[t] - top)
             row[t] = w
             total += w
-        l[at + g] += total
+        norm[at + g] += total
 
 
 @njit(fastmath=FASTMATH, cache=True, nogil=True, error_model="numpy")
@@ -151,7 +151,7 @@ def fill_rows(base, first, last, head_at, ids, use_ids, d):
 
 
 @njit(fastmath=FASTMATH, cache=True, nogil=True, error_model="numpy")
-def _attend_range(q, q_at, group, d, store, head_at, ids, use_ids, first, last, mask, masked, total, m, l, at, acc):
+def _attend_range(q, q_at, group, d, store, head_at, ids, use_ids, first, last, mask, masked, total, m, norm, at, acc):
     rows = group + 1 if group % 4 == 3 else group
     s = np.zeros(rows * TILE, np.float32)
     base = np.zeros(TILE, np.int64)
@@ -168,13 +168,13 @@ def _attend_range(q, q_at, group, d, store, head_at, ids, use_ids, first, last, 
                 for t in range(count):
                     if mask[g * total + i + t] == 0:
                         s[g * TILE + t] = -np.inf
-        softmax_tile(s, group, count, m, l, acc, at * d, d, at)
+        softmax_tile(s, group, count, m, norm, acc, at * d, d, at)
         tile_update(acc, at * d, group, d, s, store, base, count, d, ahead, True)
         i += count
 
 
 @njit(parallel=True, fastmath=FASTMATH, cache=True, nogil=True, error_model="numpy")
-def _attend(q, group, rows, d, store, stride, ids, use_ids, lo, hi, mask, masked, total, parts, m, l, acc):
+def _attend(q, group, rows, d, store, stride, ids, use_ids, lo, hi, mask, masked, total, parts, m, norm, acc):
     heads = lo.size
     for task in prange(heads * parts):
         h = task // parts
@@ -184,12 +184,28 @@ def _attend(q, group, rows, d, store, stride, ids, use_ids, lo, hi, mask, masked
         last = lo[h] + n * (part + 1) // parts
         at = task * rows
         _attend_range(
-            q, h * rows * d, group, d, store, h * stride, ids, use_ids, first, last, mask, masked, total, m, l, at, acc
+            q,
+            h * rows * d,
+            group,
+            d,
+            store,
+            h * stride,
+            ids,
+            use_ids,
+            first,
+            last,
+            mask,
+            masked,
+            total,
+            m,
+            norm,
+            at,
+            acc,
         )
 
 
 @njit(fastmath=FASTMATH, cache=True, nogil=True, error_model="numpy")
-def combine(m, l, acc, heads, parts, group, rows, d, out, lse):
+def combine(m, norm, acc, heads, parts, group, rows, d, out, lse):
     """Merge the splits of every row exactly by their log-sum-exp; natural logarithms from here on."""
     for h in range(heads):
         for g in range(group):
@@ -201,7 +217,7 @@ def combine(m, l, acc, heads, parts, group, rows, d, out, lse):
             for part in range(parts):
                 at = (h * parts + part) * rows + g
                 w = exp2_f32(m[at] - top)
-                total += w * l[at]
+                total += w * norm[at]
                 for c in range(d):
                     out[target + c] += w * acc[at * d + c]
             if total > 0:
@@ -247,13 +263,13 @@ def attend(q, store, stride, lo, hi, parts, scaling, ids=None, mask=None):  # ty
     if heads * group * d == 0 or not (hi > lo).any():
         return out, lse
     m = np.full(heads * parts * rows, NO_MAX, np.float32)
-    l = np.zeros(heads * parts * rows, np.float32)
+    norm = np.zeros(heads * parts * rows, np.float32)
     acc = np.zeros(heads * parts * rows * d, np.float32)
     flat_q = pad_queries(q, scaling * LOG2E)
     total = 0 if ids is None else ids.size
     _attend(
         flat_q, group, rows, d, store, stride, _NO_IDS if ids is None else ids, ids is not None, lo, hi,
-        _NO_MASK if mask is None else mask, mask is not None, total, parts, m, l, acc,
+        _NO_MASK if mask is None else mask, mask is not None, total, parts, m, norm, acc,
     )  # fmt: skip
-    combine(m, l, acc, heads, parts, group, rows, d, out.view(-1).numpy(), lse.view(-1).numpy())
+    combine(m, norm, acc, heads, parts, group, rows, d, out.view(-1).numpy(), lse.view(-1).numpy())
     return out, lse

@@ -1,0 +1,1 @@
+"""Evaluation from a checkout: ``python -m eval --help``."""

@@ -1,0 +1,53 @@
+"""Plots."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def loglog(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Time per step against context length, one line per system and one panel per dtype."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    kinds = list(dict.fromkeys(row["dtype"] for row in rows))
+    figure, axes = plt.subplots(1, len(kinds), figsize=(6.5 * len(kinds), 5), sharey=True, squeeze=False)
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        here = [row for row in rows if row["dtype"] == kind]
+        for system in dict.fromkeys(row["system"] for row in here):
+            points = sorted((row["context"], row["ms"]) for row in here if row["system"] == system)
+            style = "k--" if system == "torch SDPA" else "o-"
+            axis.loglog([x for x, _ in points], [y for _, y in points], style, label=system, markersize=4)
+        axis.set_title(f"one layer's decode step, {kind}")
+        axis.set_xlabel("context (tokens)")
+        axis.set_xscale("log", base=2)
+        axis.grid(True, which="major", alpha=0.3)
+    axes[0][0].set_ylabel("median time (ms)")
+    axes[0][-1].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """KL to full attention against tokens retrieved, one line per family."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.5, 5.5))
+    for family in dict.fromkeys(row["family"] for row in rows):
+        points = sorted((row["retrieved %"], row["KL"]) for row in rows if row["family"] == family)
+        axis.semilogy([x for x, _ in points], [y for _, y in points], "o-", label=family, markersize=4)
+    axis.set_xlabel("tokens retrieved per query head (% of the context)")
+    axis.set_ylabel("KL to full attention (nats per token)")
+    axis.grid(True, which="both", alpha=0.25)
+    axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

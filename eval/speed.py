@@ -1,0 +1,209 @@
+"""``python -m eval speed``: how long things take, always with the baseline in the same run."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import Progress
+from torch import Tensor
+
+from alaya_hf import AlayaConfig, AlayaLayer
+from alaya_hf.kernels import host
+from alaya_hf.probes import Probe
+from eval.environment import describe
+from eval.plots import loglog
+from eval.report import markdown, write_csv
+from eval.synthetic import synthetic_layer
+
+app = typer.Typer(no_args_is_help=True, help="Speed, against the baseline of the same run.")
+
+
+@app.callback()
+def _speed() -> None:
+    """Speed, against the baseline of the same run."""
+
+
+# Shape of one Llama-3-8B layer.
+KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
+SCALING = HEAD_DIM**-0.5
+
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "streaming_llm": {"query": {"kind": "topk", "k": 0}, "index": "flat", "residual": "none"},
+    "quest": {
+        "query": {"kind": "topk", "k": 1024},
+        "index": {"kind": "coarse", "block": 16, "strategy": "bounds"},
+        "residual": "none",
+        "group_mode": "per_head",
+    },
+    "infllm": {
+        "query": {"kind": "topk", "k": 2048},
+        "index": {"kind": "coarse", "block": 128, "strategy": "representatives", "count": 4},
+        "residual": "none",
+        "group_mode": "per_head",
+    },
+    "flat + top-100": {"query": {"kind": "topk", "k": 100}, "index": "flat", "residual": "none"},
+    "flat + DIPR": {"index": "flat", "residual": "none"},
+    "quantized + DIPR": {"index": "quantized", "residual": "none"},
+    "quantized + DIPR + low_bit": {"index": "quantized", "residual": "low_bit"},
+    "quantized + DIPR .001 + block_means": {
+        "query": {"kind": "dipr", "alpha": 0.001},
+        "index": "quantized",
+        "residual": "block_means",
+    },
+    "graph + DIPRS": {"index": "graph", "residual": "none"},
+}
+
+
+def _median_ms(step: Callable[[int], Any], repeats: int) -> float:
+    step(0)
+    times = []
+    for number in range(repeats):
+        began = time.perf_counter()
+        step(number)
+        times.append(time.perf_counter() - began)
+    return 1000 * statistics.median(times)
+
+
+def _layer(data: dict[str, Tensor], settings: AlayaConfig) -> AlayaLayer:
+    """A layer that holds the synthetic context, built as prefill would."""
+    layer = AlayaLayer(settings, probe=None)
+    keys, values = data["kv"][None, :, :, 0], data["kv"][None, :, :, 1]
+    layer.lazy_initialization(keys, values)
+    samples = [data["queries"]] if settings.index.sample_ratio else None
+    layer._append(keys, values, None, settings.window.local, samples)
+    return layer
+
+
+def _quality(layer: AlayaLayer, settings: AlayaConfig, queries: Tensor) -> dict[str, float]:
+    """Recall against exact search, tokens asked for and touched, of the offloaded part."""
+    assert layer.store is not None
+    if settings.query.keeps_none:
+        return {}
+    piece = layer.store.rows[0][0]
+    exact = AlayaConfig(query=settings.query, index="flat", residual="none")
+    nothing = torch.full(queries.shape[1:3], float("-inf"))
+    found = wanted = asked = touched = 0
+    most = 0
+    for q in queries:
+        hits = piece.segment.searcher(settings.index).search(q, piece.kv, settings.query, nothing, SCALING, nothing)
+        truth = piece.segment.searcher(exact.index).search(q, piece.kv, exact.query, nothing, SCALING, nothing)
+        ours, theirs = _pairs(hits, piece.length), _pairs(truth, piece.length)
+        found += int(torch.isin(theirs, ours).sum())
+        wanted += len(theirs)
+        asked += len(ours)
+        touched += hits.touched
+        per_head = torch.bincount(theirs // piece.length, minlength=KV_HEADS * GROUP)
+        most = max(most, int(per_head.max()))
+    count = len(queries)
+    return {
+        "critical per head": wanted / count / (KV_HEADS * GROUP),
+        "most": most,
+        "asked per head": asked / count / (KV_HEADS * GROUP),
+        "touched share": touched / count / KV_HEADS / piece.length,
+        "recall": found / max(1, wanted),
+    }
+
+
+def _pairs(hits: Any, n: int) -> Tensor:
+    group, place = hits.mask.nonzero(as_tuple=True)
+    return (hits.kv_head[place] * GROUP + group) * n + hits.ids[place].long()
+
+
+def _recovery(layer: AlayaLayer, settings: AlayaConfig, queries: Tensor, token: Tensor) -> float:
+    layer.probe = Probe(recovery=True)
+    for q in queries[:4]:
+        layer.update(token, token)
+        layer.attend(q.reshape(1, -1, 1, HEAD_DIM), SCALING)
+    layer.crop(-len(queries[:4]))
+    recovery = [step.recovery for step in layer.probe.steps if step.recovery is not None]
+    layer.probe = None
+    return sum(recovery) / len(recovery)
+
+
+def _measure(name: str, data: dict[str, Tensor], settings: AlayaConfig, repeats: int) -> dict[str, Any]:
+    queries = data["decode_queries"]
+    layer = _layer(data, settings)
+    assert layer.store is not None
+    token = torch.zeros(1, KV_HEADS, 1, HEAD_DIM, dtype=data["kv"].dtype)
+
+    def step(number: int) -> None:
+        layer.update(token, token)
+        layer.attend(queries[number % len(queries)].reshape(1, -1, 1, HEAD_DIM).to(token.dtype), SCALING)
+
+    began = time.perf_counter()
+    step(0)
+    build = time.perf_counter() - began
+    row: dict[str, Any] = {"system": name, "ms": _median_ms(step, repeats)}
+    row |= {"build s": build, "index + low-bit MB": (layer.index_bytes + layer.lowbit_bytes) / 1e6}
+    row |= _quality(layer, settings, queries[:4])
+    row["recovery"] = _recovery(layer, settings, queries, token)
+    return row
+
+
+def _baselines(data: dict[str, Tensor], repeats: int) -> list[dict[str, Any]]:
+    kv, queries = data["kv"], data["decode_queries"]
+    keys, values = kv[None, :, :, 0].contiguous(), kv[None, :, :, 1].contiguous()
+
+    def sdpa(number: int) -> None:
+        q = queries[number % len(queries)].reshape(1, -1, 1, HEAD_DIM).to(kv.dtype)
+        torch.nn.functional.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+
+    def dense(number: int) -> None:
+        host.dense_attention(queries[number % len(queries)], kv, SCALING)
+
+    return [
+        {"system": "torch SDPA", "ms": _median_ms(sdpa, max(3, repeats // 3))},
+        {"system": "dense kernel", "ms": _median_ms(dense, repeats)},
+    ]
+
+
+@app.command()
+def decode(
+    device: Annotated[str, typer.Option(help="Where to decode; 'cpu'.")] = "cpu",
+    contexts: Annotated[str, typer.Option(help="Context lengths, comma-separated.")] = "8192,32768,131072,262144",
+    dtypes: Annotated[str, typer.Option(help="Store dtypes, comma-separated.")] = "float32,bfloat16",
+    systems: Annotated[str, typer.Option(help="Systems, comma-separated; default all.")] = "",
+    repeats: Annotated[int, typer.Option(help="Timed steps per system.")] = 15,
+    critical: Annotated[int, typer.Option(help="Critical tokens per query head in the synthetic keys.")] = 128,
+    output: Annotated[Path, typer.Option(help="Folder for table, CSV and plot.")] = Path("results/speed-decode"),
+) -> None:
+    """One layer's decode step (32 query heads, 8 KV heads, head dimension 128): every system against torch SDPA."""
+    if device != "cpu":
+        raise typer.BadParameter(f"expected cpu, got {device!r}")
+    names = [name.strip() for name in systems.split(",") if name.strip()] or list(SYSTEMS)
+    unknown = sorted(set(names) - set(SYSTEMS))
+    if unknown:
+        raise typer.BadParameter(f"unknown systems {unknown}; available: {', '.join(SYSTEMS)}")
+    lengths = [int(length) for length in contexts.split(",")]
+    kinds = [kind.strip() for kind in dtypes.split(",")]
+    rows: list[dict[str, Any]] = []
+    with Progress() as progress:
+        task = progress.add_task("decode", total=len(lengths) * len(kinds) * (len(names) + 1))
+        for kind in kinds:
+            for length in lengths:
+                data = synthetic_layer(
+                    KV_HEADS, GROUP, HEAD_DIM, length, critical=critical, dtype=getattr(torch, kind)
+                )
+                here = _baselines(data, repeats)
+                progress.advance(task)
+                for name in names:
+                    settings = AlayaConfig(**SYSTEMS[name], min_context=0)
+                    here.append(_measure(name, data, settings, repeats))
+                    progress.advance(task)
+                sdpa_ms = here[0]["ms"]
+                rows += [{"dtype": kind, "context": length, **row, "x SDPA": sdpa_ms / row["ms"]} for row in here]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns.insert(4, columns.pop(columns.index("x SDPA")))
+    rows = [{column: row.get(column) for column in columns} for row in rows]
+    output.mkdir(parents=True, exist_ok=True)
+    write_csv(output / "decode.csv", rows)
+    text = f"{describe()}\n\n{markdown(rows)}\n"
+    (output / "decode.md").write_text(text, encoding="utf-8")
+    loglog(rows, output / "decode.png")
+    typer.echo(text)
