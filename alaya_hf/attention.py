@@ -86,6 +86,9 @@ def _dense(
 ) -> Tensor:
     """Dense attention for what sdpa lacks: capped logits and learned sinks."""
     causal = attention_mask is None and query.shape[2] > 1 and getattr(module, "is_causal", True)
+    if causal:
+        # As in sdpa, whose is_causal aligns top-left: a static cache's keys beyond the queries are empty slots.
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     mask = attention_mask
     if mask is not None and mask.dtype != torch.bool:
         mask = mask == 0

@@ -73,6 +73,8 @@ class AlayaCache(Cache):
         self._forward = ForwardState()
         self._bound = False
         self._token_ids: Tensor | None = None
+        self._recording = False
+        self.layers: list[Any]
         super().__init__(layers=[])
         if config is not None:
             self.bind(config)
@@ -134,7 +136,9 @@ class AlayaCache(Cache):
                 "Use an EncoderDecoderCache."
             )
         decoder = config.get_text_config(decoder=True)
-        rotary = any(getattr(decoder, name, None) is not None for name in ("rope_parameters", "rope_theta", "rope_scaling"))
+        rotary = any(
+            getattr(decoder, name, None) is not None for name in ("rope_parameters", "rope_theta", "rope_scaling")
+        )
         if not rotary:
             raise UnsupportedModelError(
                 f"AlayaCache serves models with rotary multi-head or grouped-query attention, but {type(decoder).__name__} "
@@ -153,6 +157,11 @@ class AlayaCache(Cache):
                 )
         self.layers = layers
         self._bound = True
+        offloading = [layer.layer_idx for layer in self.alaya_layers]
+        if offloading:
+            self._forward.first, self._forward.layers = offloading[0], len(offloading)
+        if self._recording:
+            super().activate_past_recording()
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`AlayaLayer.update`; other layer types do what they do in Transformers."""
@@ -175,6 +184,11 @@ class AlayaCache(Cache):
         if isinstance(layer, AlayaLayer) or not isinstance(layer, CacheLayerMixin):
             return CacheLength.of(length, self), offset
         return length, offset
+
+    def activate_past_recording(self) -> None:
+        """Let sliding layers keep what assisted decoding may crop, also those that are not known yet."""
+        self._recording = True
+        super().activate_past_recording()
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: no maximum, unless another kind of layer has one."""
@@ -253,7 +267,11 @@ class AlayaCache(Cache):
         """
         held = self.get_seq_length()
         if new is None:
-            if self._token_ids is not None and self._token_ids.shape[1] >= held and ids.shape[0] == len(self._token_ids):
+            if (
+                self._token_ids is not None
+                and self._token_ids.shape[1] >= held
+                and ids.shape[0] == len(self._token_ids)
+            ):
                 ids = torch.cat([self._token_ids[:, :held].to(ids.device), ids], dim=1)
                 self._token_ids = ids
             elif held == 0:
@@ -339,7 +357,10 @@ class AlayaCache(Cache):
             "offloaded_bytes": offloaded,
             "index_bytes": sum(layer.index_bytes for layer in layers),
             "total_bytes": sum(
-                sum(layer.token_counts()) * 2 * layer.window._keys.shape[1] * layer.window._keys.shape[3]
+                sum(layer.token_counts())
+                * 2
+                * layer.window._keys.shape[1]
+                * layer.window._keys.shape[3]
                 * layer.dtype.itemsize
                 for layer in layers
                 if layer.window is not None

@@ -108,7 +108,7 @@ class AlayaConfig:
     """
 
     query: Any = "dipr"
-    index: Any = "quantized"
+    index: Any = dataclasses.field(default_factory=lambda: {"kind": "quantized", "margin": 0})
     residual: Any = "low_bit"
     window: Any = dataclasses.field(default_factory=WindowConfig)
     group_mode: str = "union"
@@ -118,7 +118,7 @@ class AlayaConfig:
     prefill_block: int = 8192
     store_dtype: str = "auto"
     sample_queries: float | None = None
-    layers: Mapping[int, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    layers: Mapping[int | str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -163,9 +163,10 @@ class AlayaConfig:
         config = self
         if not self.layers:
             return config
-        for key in ("default", layer_idx):
+        keys: tuple[int | str, ...] = ("default", layer_idx)
+        for key in keys:
             if key in self.layers:
-                config = config._merged(self.layers[key])  # type: ignore[index]
+                config = config._merged(self.layers[key])
         return config.replace(layers={})
 
     def replace(self, **changes: Any) -> AlayaConfig:
@@ -192,9 +193,17 @@ class AlayaConfig:
                     raise ConfigError(f"cannot set {path!r}: there is no {'.'.join(map(str, parents[: depth + 1]))!r}.")
                 if child is None or isinstance(child, str):
                     child = {} if child is None else {"kind": child}
+                if not isinstance(child, dict):
+                    raise ConfigError(
+                        f"cannot set {path!r}: {'.'.join(map(str, parents[: depth + 1]))!r} is {child!r} and has no parts."
+                    )
                 node[part] = child
                 node = child
             node[last] = value
+            other = {"alpha": "beta", "beta": "alpha"}.get(str(last))
+            if value is not None and other is not None and ".".join([*map(str, parents), other]) not in changes:
+                # Two names for one parameter: the one given takes the place of the other.
+                node.pop(other, None)
         return type(self).from_dict(data)
 
     @classmethod
@@ -243,10 +252,15 @@ class AlayaConfig:
     @staticmethod
     def _plain(overrides: Mapping[str, Any]) -> dict[str, Any]:
         registries = {"query": QUERIES, "index": INDEXES, "residual": RESIDUALS}
-        return {
-            key: registries[key].spec(registries[key].build(value)) if key in registries else value
-            for key, value in overrides.items()
-        }
+
+        def plain(key: str, value: Any) -> Any:
+            if key in registries:
+                return registries[key].spec(registries[key].build(value))
+            if isinstance(value, WindowConfig):
+                return dataclasses.asdict(value)
+            return list(value) if isinstance(value, tuple) else value
+
+        return {key: plain(key, value) for key, value in overrides.items()}
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> AlayaConfig:

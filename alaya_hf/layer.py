@@ -21,6 +21,7 @@ from alaya_hf.kernels.partial import Partial, merge
 from alaya_hf.planner import choose
 from alaya_hf.probes import Probe, StepRecord
 from alaya_hf.storage import HostStore, Window
+from alaya_hf.storage.memory import check_room
 
 
 @dataclass
@@ -33,10 +34,14 @@ class ForwardState:
         ``[batch, new]`` bool on the host, false where a new token is padding; None: no padding.
     past : int
         Columns the cache held when the mask was made, -1 if no mask function ran.
+    first, layers : int
+        The first layer that offloads, and how many do; of one model once it is known.
     """
 
     valid: Tensor | None = None
     past: int = -1
+    first: int = 0
+    layers: int = 1
 
 
 @dataclass
@@ -196,6 +201,8 @@ class AlayaLayer(CacheLayerMixin):
             As a negative number, like everywhere in Transformers. Offloaded tokens that become recent return to the
             window.
         """
+        # Transformers 5.17 gives a tensor here, which must not become a length.
+        tokens_to_remove = int(tokens_to_remove)
         if tokens_to_remove > 0:
             raise AlayaError(
                 f"crop takes the number of tokens to remove as a negative integer, but got {tokens_to_remove}. "
@@ -368,7 +375,9 @@ class AlayaLayer(CacheLayerMixin):
         expected = causal & valid.unsqueeze(1)
         # Rows of padding queries see whatever they like: their output is never used.
         wrong = (seen != expected) & valid[:, self._columns :].unsqueeze(-1)
-        if bool(wrong.any()) or not torch.equal(valid[:, : self._columns], past):
+        # Unless they look at padding among themselves: then they are a packed sequence of their own.
+        packed = (seen & ~valid.unsqueeze(1)).any(dim=-1) & ~seen.all(dim=-1)
+        if bool(wrong.any()) or bool(packed.any()) or not torch.equal(valid[:, : self._columns], past):
             raise UnsupportedMaskError(
                 "AlayaCache takes attention masks that are causal + padding, but the 4-D mask given is something else "
                 "(packed sequences, bidirectional or tree attention). Pass a 2-D attention_mask, or use a DynamicCache."
@@ -442,10 +451,24 @@ class AlayaLayer(CacheLayerMixin):
             self.probe.steps.append(record)
         return out.to(query.dtype).transpose(1, 2).contiguous()
 
+    def _check_room(self, keys: Tensor, keep: int) -> None:
+        """Refuse a pass whose tokens the host cannot hold in all layers, before any of them has stored its part.
+
+        Raises
+        ------
+        HostMemoryError
+        """
+        assert self.window is not None and self.store is not None
+        leaving = self.window.recent + keys.shape[2] - keep
+        if leaving > 0 and self.layer_idx == self.forward.first:
+            per_row = leaving * self.store.kv_heads * 2 * self.store.head_dim * self.store.dtype.itemsize
+            check_room(per_row * self.forward.layers, keys)
+
     def _append(
         self, keys: Tensor, values: Tensor, valid: Tensor | None, keep: int, samples: list[Tensor] | None = None
     ) -> int:
         """Take new columns in; returns the bytes that went to the store."""
+        self._check_room(keys, keep)
         assert self.window is not None and self.store is not None
         if valid is not None or self._valid is not None:
             batch, _, tokens, _ = keys.shape
@@ -537,6 +560,7 @@ class AlayaLayer(CacheLayerMixin):
                 scaling,
                 self.config.group_mode,
                 softcap,
+                self.probe is not None,
                 self.probe is not None and self.probe.recovery,
             )
             parts.append(retrieved)
@@ -544,9 +568,7 @@ class AlayaLayer(CacheLayerMixin):
         if residual is not None:
             parts.append(residual)
         # Late materialisation: tokens leave the window in batches, after the step that filled it.
-        moved = self._append(
-            keys[:, :, :0], values[:, :, :0], None, self._keep(0, self.config.window.overflow)
-        )
+        moved = self._append(keys[:, :, :0], values[:, :, :0], None, self._keep(0, self.config.window.overflow))
         if record is not None:
             record.bytes_moved = moved + stats.bytes_read
         return parts, record

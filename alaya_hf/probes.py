@@ -80,10 +80,10 @@ class Probe:
         ids = torch.cat(self.ids).long()
         return torch.bincount((ids * bins // max(1, length)).clamp(max=bins - 1), minlength=bins)
 
-    def summary(self) -> dict[str, object]:
+    def summary(self) -> dict[str, Any]:
         """Means over the decode steps."""
         decode = [step for step in self.steps if step.kind == "decode"]
-        summary: dict[str, object] = {"steps": len(decode)}
+        summary: dict[str, Any] = {"steps": len(decode)}
         for name in ("context", "attended", "retrieved", "fetched", "touched", "recovery", "seconds"):
             values = [getattr(step, name) for step in decode if getattr(step, name) is not None]
             summary[name] = sum(values) / len(values) if values else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 from alaya_hf.errors import ConfigError
 
@@ -52,7 +52,7 @@ class Registry(Generic[T]):
             If the name or a parameter is unknown, or a value is out of range.
         """
         if isinstance(spec, tuple(self._classes.values())):
-            return spec
+            return cast(T, spec)
         if isinstance(spec, str):
             spec = {"kind": spec}
         if not isinstance(spec, Mapping) or "kind" not in spec:

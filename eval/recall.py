@@ -66,7 +66,12 @@ def systems(quick: bool = False) -> list[tuple[str, str, dict[str, Any]]]:
     )
     for k in [32, 256] if quick else [32, 128, 256, 512]:
         add("top-k", f"top-{k}", query={"kind": "topk", "k": k}, index="flat", residual="none", group_mode="per_head")
-        add("top-k + low_bit (4/2)", f"top-{k} + 4-bit K, 2-bit V", query={"kind": "topk", "k": k}, residual=DEFAULT_BITS)
+        add(
+            "top-k + low_bit (4/2)",
+            f"top-{k} + 4-bit K, 2-bit V",
+            query={"kind": "topk", "k": k},
+            residual=DEFAULT_BITS,
+        )
     for k in [512] if quick else [128, 256, 512]:
         add(
             "Quest pages",
@@ -87,7 +92,12 @@ def systems(quick: bool = False) -> list[tuple[str, str, dict[str, Any]]]:
         )
     for ratio in (0.95, 0.98):
         add("recovery", f"Recovery({ratio})", query={"kind": "recovery", "ratio": ratio}, residual="none")
-        add("recovery + low_bit", f"Recovery({ratio}) + 4/2", query={"kind": "recovery", "ratio": ratio}, residual=DEFAULT_BITS)
+        add(
+            "recovery + low_bit",
+            f"Recovery({ratio}) + 4/2",
+            query={"kind": "recovery", "ratio": ratio},
+            residual=DEFAULT_BITS,
+        )
     add("graph", "graph DIPRS 0.012", query={"kind": "dipr", "alpha": 0.012}, index="graph", residual="none")
     add(
         "graph + block means of K, V",

@@ -12,11 +12,14 @@ import torch
 import typer
 from rich.progress import Progress
 from torch import Tensor
+from transformers import DynamicCache
 
-from alaya_hf import AlayaConfig, AlayaLayer
+from alaya_hf import AlayaCache, AlayaConfig, AlayaLayer
 from alaya_hf.kernels import host
 from alaya_hf.probes import Probe
+from eval.data import long_contracts
 from eval.environment import describe
+from eval.models import load
 from eval.plots import loglog
 from eval.report import markdown, write_csv
 from eval.synthetic import synthetic_layer
@@ -187,9 +190,7 @@ def decode(
         task = progress.add_task("decode", total=len(lengths) * len(kinds) * (len(names) + 1))
         for kind in kinds:
             for length in lengths:
-                data = synthetic_layer(
-                    KV_HEADS, GROUP, HEAD_DIM, length, critical=critical, dtype=getattr(torch, kind)
-                )
+                data = synthetic_layer(KV_HEADS, GROUP, HEAD_DIM, length, critical=critical, dtype=getattr(torch, kind))
                 here = _baselines(data, repeats)
                 progress.advance(task)
                 for name in names:
@@ -206,4 +207,52 @@ def decode(
     text = f"{describe()}\n\n{markdown(rows)}\n"
     (output / "decode.md").write_text(text, encoding="utf-8")
     loglog(rows, output / "decode.png")
+    typer.echo(text)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Option(help="'smollm2' or a model name or path.")] = "smollm2",
+    data_dir: Annotated[Path, typer.Option(help="Folder with cuad.jsonl.gz.")] = Path("../shared/legal"),
+    tokens: Annotated[int, typer.Option(help="Tokens of the contract.")] = 7000,
+    steps: Annotated[int, typer.Option(help="Decode steps timed per system.")] = 48,
+    presets: Annotated[str, typer.Option(help="Presets, comma-separated.")] = "alaya,full",
+    window: Annotated[str, typer.Option(help="Window: first, most recent.")] = "64,256",
+    device: Annotated[str, typer.Option(help="Device of the model.")] = "cpu",
+    output: Annotated[Path, typer.Option(help="Folder for table and CSV.")] = Path("results/speed-generate"),
+) -> None:
+    """Time per token of a whole model over a contract, against DynamicCache with sdpa; the systems take turns."""
+    init, local = (int(part) for part in window.split(","))
+    network, tokenizer = load(model, device)
+    network.set_attn_implementation("sdpa")
+    _, ids = long_contracts(data_dir, tokenizer, tokens, 1)[0]
+    sequence = torch.tensor([ids], device=device)
+    prompt, rest = sequence[:, :-steps], sequence[:, -steps:]
+    caches: dict[str, Any] = {"DynamicCache + sdpa": DynamicCache(config=network.config)}
+    for name in presets.split(","):
+        settings = AlayaConfig.preset(name).replace(window=(init, local), min_context=0)
+        caches[name] = AlayaCache(settings, config=network.config)
+    times: dict[str, list[float]] = {name: [] for name in caches}
+    with torch.no_grad(), Progress() as progress:
+        task = progress.add_task("generate", total=len(caches) + steps)
+        for cache in caches.values():
+            network.model(input_ids=prompt, past_key_values=cache)
+            progress.advance(task)
+        for step in range(steps):
+            for name, cache in caches.items():
+                began = time.perf_counter()
+                network(input_ids=rest[:, step : step + 1], past_key_values=cache).logits.argmax().item()
+                times[name].append(1000 * (time.perf_counter() - began))
+            progress.advance(task)
+    # The first steps build the low-bit copy and compile kernels.
+    medians = {name: statistics.median(values[4:]) for name, values in times.items()}
+    base = medians["DynamicCache + sdpa"]
+    rows = [
+        {"system": name, "ms per token": ms, "x DynamicCache": ms / base, "first step ms": times[name][0]}
+        for name, ms in medians.items()
+    ]
+    output.mkdir(parents=True, exist_ok=True)
+    write_csv(output / "generate.csv", rows)
+    text = f"{describe()}\n\n{model}, {tokens} tokens of contract, window {init} + {local}\n\n{markdown(rows)}\n"
+    (output / "generate.md").write_text(text, encoding="utf-8")
     typer.echo(text)

@@ -10,9 +10,7 @@ from alaya_hf.kernels.partial import Partial, merge
 from alaya_hf.storage import HostStore, Window
 
 
-def attend_new(
-    q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
-) -> Partial:
+def attend_new(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scaling: float, softcap: float | None) -> Partial:
     """New tokens among themselves, causally.
 
     Parameters

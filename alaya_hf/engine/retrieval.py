@@ -26,9 +26,7 @@ class RetrievalStats:
     everything_lse: Tensor | None = None  # [batch, heads, q_len] of all offloaded tokens, on request
 
 
-def _search(
-    q: Tensor, pieces: list[Piece], plan: Plan, best: Tensor, scaling: float, window_lse: Tensor
-) -> list[Hits]:
+def _search(q: Tensor, pieces: list[Piece], plan: Plan, best: Tensor, scaling: float, window_lse: Tensor) -> list[Hits]:
     hits = [
         piece.segment.searcher(plan.index).search(q, piece.kv, plan.query, best, scaling, window_lse)
         for piece in pieces
@@ -36,6 +34,8 @@ def _search(
     if len(hits) == 1 or not plan.query.cut_again:
         return hits
     # Each segment answered for itself; the cut over all of them is the same rule applied to what they found.
+    for piece, found in zip(pieces, hits, strict=True):
+        found.with_scores(q, piece.kv)
     together = torch.cat([found.as_rows() for found in hits], dim=2)
     threshold = plan.query.threshold(together, best, scaling, window_lse)
     return [found.at_least(threshold) for found in hits]
@@ -50,6 +50,7 @@ def retrieve(
     scaling: float,
     group_mode: str = "union",
     softcap: float | None = None,
+    probing: bool = False,
     want_everything_lse: bool = False,
 ) -> tuple[Partial, Partial | None, RetrievalStats]:
     """Attend to the critical tokens of every row's offloaded context.
@@ -69,6 +70,8 @@ def retrieve(
         See :class:`alaya_hf.AlayaConfig`. Positions of one pass count as members of the group.
     softcap : float, optional
         Cap on the logits; only with a query that keeps all.
+    probing : bool
+        Fill in the statistics.
     want_everything_lse : bool
         Also compute the log-sum-exp over all offloaded tokens, for the recovery ratio. Costs a dense pass.
 
@@ -94,8 +97,8 @@ def retrieve(
     for row in range(batch):
         pieces = [piece for piece in store.rows[row] if piece.length]
         shape = q_host.shape[1:3]
-        parts = [Partial.empty(shape, head_dim)]
-        residual = [Partial.empty(shape, head_dim)]
+        parts: list[Partial] = []
+        residual: list[Partial] = []
         if plan.query.keeps_all:
             parts += [host.dense_attention(q_host[row], piece.kv, scaling, softcap) for piece in pieces]
             count = store.length(row)
@@ -111,25 +114,25 @@ def retrieve(
             for piece, hits in zip(pieces, found, strict=True):
                 mask = None if group_mode == "union" else hits.mask
                 if hits.ids.numel():
-                    parts.append(
-                        host.gather_attention(q_host[row], piece.kv, hits.ids, hits.offsets, scaling, mask)
-                    )
-                _count(stats, row, hits, heads, q_len)
-                stats.ids.append(hits.ids + start)
+                    parts.append(host.gather_attention(q_host[row], piece.kv, hits.ids, hits.offsets, scaling, mask))
+                if probing:
+                    _count(stats, row, hits, heads, q_len)
+                    stats.ids.append(hits.ids + start)
                 if not plan.residual.is_none:
                     residual.append(plan.residual.estimate(q_host[row], piece, hits, mask, scaling))
                 start += piece.length
-        rows.append(merge(parts))
-        residuals.append(merge(residual))
+        rows.append(merge(parts) if parts else Partial.empty(shape, head_dim))
+        residuals.append(merge(residual) if residual else Partial.empty(shape, head_dim))
         if want_everything_lse:
             dense = [host.dense_attention(q_host[row], piece.kv, scaling, softcap).lse for piece in pieces]
-            everything.append(
-                torch.logsumexp(torch.stack(dense), dim=0) if dense else torch.full(shape, float("-inf"))
-            )
+            everything.append(torch.logsumexp(torch.stack(dense), dim=0) if dense else torch.full(shape, float("-inf")))
     stats.bytes_read = int(stats.fetched.sum()) * 2 * head_dim * store.dtype.itemsize  # type: ignore[union-attr]
     if want_everything_lse:
         stats.everything_lse = torch.stack(everything).reshape(batch, heads, q_len)
+
     def stacked(partials: list[Partial]) -> Partial:
+        if len(partials) == 1:
+            return partials[0].reshape(batch, heads, q_len).to(q.device)
         out = Partial(torch.stack([part.out for part in partials]), torch.stack([part.lse for part in partials]))
         return out.reshape(batch, heads, q_len).to(q.device)
 

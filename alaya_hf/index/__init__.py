@@ -3,6 +3,7 @@
 from alaya_hf.index.base import Hits, Index, Searcher
 from alaya_hf.index.coarse import Coarse
 from alaya_hf.index.flat import Flat
+from alaya_hf.index.graph import Graph
 from alaya_hf.index.quantized import Quantized
 
-__all__ = ["Coarse", "Flat", "Hits", "Index", "Quantized", "Searcher"]
+__all__ = ["Coarse", "Flat", "Graph", "Hits", "Index", "Quantized", "Searcher"]

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from alaya_hf.kernels import host
 from alaya_hf.query.base import Query
 
 
@@ -25,8 +26,9 @@ class Hits:
         ``[kv_heads + 1]`` int64, where each KV head's ids begin.
     mask : Tensor
         ``[group, total]`` uint8, which query head of the group asked for which id.
-    scores : Tensor
-        ``[group, total]`` float32, exact scores of the ids for every query head of the group.
+    scores : Tensor or None
+        ``[group, total]`` float32, scores of the ids for every query head of the group, where the search computed them
+        anyway; :meth:`with_scores` computes them otherwise.
     touched : int
         Keys whose score was computed, exactly or approximately, summed over KV heads.
     all_scores : Tensor or None
@@ -37,7 +39,7 @@ class Hits:
     ids: Tensor
     offsets: Tensor
     mask: Tensor
-    scores: Tensor
+    scores: Tensor | None = None
     touched: int = 0
     all_scores: Tensor | None = None
 
@@ -47,8 +49,15 @@ class Hits:
         counts = self.offsets[1:] - self.offsets[:-1]
         return torch.repeat_interleave(torch.arange(counts.numel()), counts)
 
+    def with_scores(self, q: Tensor, kv: Tensor) -> Hits:
+        """Exact scores, if there are none yet."""
+        if self.scores is None:
+            self.scores = host.gather_scores(q, kv, self.ids, self.offsets)
+        return self
+
     def as_rows(self) -> Tensor:
         """Scores as ``[kv_heads, group, longest]``, ``-inf`` where a head did not ask."""
+        assert self.scores is not None
         counts = self.offsets[1:] - self.offsets[:-1]
         width = int(counts.max()) if counts.numel() else 0
         rows = self.scores.new_full((counts.numel(), self.scores.shape[0], width), float("-inf"))
@@ -62,6 +71,7 @@ class Hits:
 
     def at_least(self, threshold: Tensor) -> Hits:
         """Drop what does not reach ``threshold`` (``[kv_heads, group]``)."""
+        assert self.scores is not None
         return self.keep((self.mask != 0) & (self.scores >= threshold[self.kv_head].T))
 
     def keep(self, mask: Tensor) -> Hits:
@@ -70,7 +80,8 @@ class Hits:
         counts = torch.zeros(self.offsets.numel() - 1, dtype=torch.int64)
         counts.index_add_(0, self.kv_head[kept], torch.ones(int(kept.sum()), dtype=torch.int64))
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return Hits(self.ids[kept], offsets, mask[:, kept].to(torch.uint8), self.scores[:, kept], self.touched, self.all_scores)
+        scores = None if self.scores is None else self.scores[:, kept]
+        return Hits(self.ids[kept], offsets, mask[:, kept].to(torch.uint8), scores, self.touched, self.all_scores)
 
 
 class Searcher(ABC):
@@ -91,9 +102,7 @@ class Searcher(ABC):
         """
 
     @abstractmethod
-    def search(
-        self, q: Tensor, kv: Tensor, query: Query, best: Tensor, scaling: float, window_lse: Tensor
-    ) -> Hits:
+    def search(self, q: Tensor, kv: Tensor, query: Query, best: Tensor, scaling: float, window_lse: Tensor) -> Hits:
         """Find the critical tokens among the first ``n`` of the segment.
 
         Parameters
@@ -127,7 +136,7 @@ class Index(ABC):
     def open(self, segment: Any) -> Searcher:
         """An empty searcher for a :class:`~alaya_hf.storage.Segment`."""
 
-    def check(self, query: Query) -> None:
+    def check(self, query: Query) -> None:  # noqa: B027  (most indexes answer every query)
         """Refuse queries that this index cannot answer.
 
         Raises

@@ -133,7 +133,7 @@ class CoarseSearcher(Searcher):
         rule = TopK(-(-query.k // block)) if isinstance(query, TopK) else query
         threshold = rule.threshold(scores, best, scaling, window_lse)
         ids, offsets, mask = host.select_threshold(scores, threshold)
-        found = Hits(ids, offsets, mask, scores.new_empty(0), touched=kv.shape[0] * blocks)
+        found = Hits(ids, offsets, mask, touched=kv.shape[0] * blocks)
         block_scores = scores[found.kv_head, :, ids.long()].T
         tokens = ids.long().unsqueeze(1) * block + torch.arange(block)
         inside = (tokens < n).flatten()

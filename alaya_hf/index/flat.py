@@ -40,9 +40,7 @@ class FlatSearcher(Searcher):
         scores = host.scan_scores(q, kv)
         threshold = query.threshold(scores, best, scaling, window_lse)
         ids, offsets, mask = host.select_threshold(scores, threshold)
-        hits = Hits(ids, offsets, mask, scores.new_empty(0), touched=kv.shape[0] * kv.shape[1], all_scores=scores)
-        hits.scores = scores[hits.kv_head, :, ids.long()].T.contiguous()
-        return hits
+        return Hits(ids, offsets, mask, touched=kv.shape[0] * kv.shape[1], all_scores=scores)
 
     @property
     def nbytes(self) -> int:

@@ -83,12 +83,8 @@ class QuantizedSearcher(Searcher):
         if rescore:
             threshold = threshold - self.index.margin * self._error(q)
         ids, offsets, mask = host.select_threshold(scores, threshold)
-        hits = Hits(ids, offsets, mask, scores.new_empty(0), touched, scores)
-        if not rescore:
-            hits.scores = scores[hits.kv_head, :, ids.long()].T
-            return hits
-        hits.scores = host.gather_scores(q, kv, ids, offsets)
-        return hits.cut(query, best, scaling, window_lse)
+        hits = Hits(ids, offsets, mask, touched=touched, all_scores=scores)
+        return hits.with_scores(q, kv).cut(query, best, scaling, window_lse) if rescore else hits
 
     @property
     def nbytes(self) -> int:

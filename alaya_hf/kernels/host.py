@@ -13,6 +13,7 @@ from alaya_hf.kernels.cpu import dense
 from alaya_hf.kernels.cpu.blocks import block_mean_attention
 from alaya_hf.kernels.cpu.dense import scan_scores
 from alaya_hf.kernels.cpu.gather import gather_attention, gather_scores
+from alaya_hf.kernels.cpu.leave_out import leave_out
 from alaya_hf.kernels.cpu.lowbit_attend import lowbit_attention
 from alaya_hf.kernels.cpu.lowbit_scan import lowbit_scores
 from alaya_hf.kernels.cpu.select import select_threshold
@@ -24,6 +25,7 @@ __all__ = [
     "dense_attention",
     "gather_attention",
     "gather_scores",
+    "leave_out",
     "lowbit_attention",
     "lowbit_scores",
     "scan_scores",

@@ -69,6 +69,8 @@ def merge(partials: Sequence[Partial]) -> Partial:
     total = torch.logsumexp(lses, dim=0)
     # Where all sets are empty the total is -inf; subtracting it would give nan.
     weights = torch.exp(lses - torch.where(torch.isneginf(total), torch.zeros_like(total), total))
+    # float32 rounds the total of large logits too coarsely for weights that sum to one.
+    weights = weights / weights.sum(dim=0).clamp_min(torch.finfo(weights.dtype).tiny)
     out = partials[0].out * weights[0].unsqueeze(-1)
     for partial, weight in zip(partials[1:], weights[1:], strict=True):
         out = out + partial.out * weight.unsqueeze(-1)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from alaya_hf.errors import HostMemoryError
 
 GIB = 1 << 30
@@ -31,6 +34,31 @@ def available_host_memory() -> int:
     except (OSError, ValueError):
         pass
     return available
+
+
+def check_room(per_row: int, rows: Tensor) -> None:
+    """Refuse to offload what the host cannot hold. Equal rows are stored once, so they count once.
+
+    Parameters
+    ----------
+    per_row : int
+        Bytes that one row needs.
+    rows : Tensor
+        ``[batch, ...]``, what tells the rows apart; compared only where it matters.
+
+    Raises
+    ------
+    HostMemoryError
+        With the bytes needed and free.
+    """
+    count = rows.shape[0]
+    if count > 1 and count * per_row > available_host_memory():
+        distinct: list[Tensor] = []
+        for row in rows:
+            if not any(torch.equal(row, other) for other in distinct):
+                distinct.append(row)
+        count = len(distinct)
+    check_host_memory(count * per_row, "offloading this context in all layers")
 
 
 def check_host_memory(needed: int, what: str) -> None:

@@ -64,7 +64,7 @@ class Segment:
     @property
     def lowbit_nbytes(self) -> int:
         """Bytes of the low-bit copies and block means, which answer for all tokens."""
-        return sum(part.nbytes for part in (*self._lowbits.values(), *self._means.values()))
+        return sum(low.nbytes for low in self._lowbits.values()) + sum(mean.nbytes for mean in self._means.values())
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` in all.

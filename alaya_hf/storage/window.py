@@ -34,8 +34,9 @@ class Window:
         self.init = init
         self.recent = 0
         self.init_lengths = [0] * batch
-        self._keys = torch.empty(batch, kv_heads, init, head_dim, dtype=dtype, device=device)
-        self._values = torch.empty_like(self._keys)
+        # Zeros: a row with fewer than init tokens has columns that are masked but read, and 0 * nan is nan.
+        self._keys = torch.zeros(batch, kv_heads, init, head_dim, dtype=dtype, device=device)
+        self._values = torch.zeros_like(self._keys)
         # [batch, recent] on the host, true where a recent column is a token and not padding; None: all are.
         self._valid: Tensor | None = None
 
@@ -97,9 +98,7 @@ class Window:
             left.append((k[:, first:], v[:, first:]))
         return left
 
-    def push(
-        self, keys: Tensor, values: Tensor, valid: Tensor | None, keep: int
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    def push(self, keys: Tensor, values: Tensor, valid: Tensor | None, keep: int) -> tuple[list[Tensor], list[Tensor]]:
         """Append columns and take the oldest ones out, so that ``keep`` recent columns remain.
 
         Tokens that leave fill the first part before anything else. Prompts pass through without being copied into the
@@ -123,8 +122,9 @@ class Window:
         parts = []
         if old:
             # Cloned: the columns are about to be overwritten.
-            taken = [tensor[:, :, begin:end].clone() for tensor in (self._keys, self._values)]
-            parts.append(self._keep_first(*taken, None if self._valid is None else self._valid[:, :old]))
+            old_keys, old_values = self._keys[:, :, begin:end].clone(), self._values[:, :, begin:end].clone()
+            old_valid = None if self._valid is None else self._valid[:, :old]
+            parts.append(self._keep_first(old_keys, old_values, old_valid))
             rest = self.recent - old
             for tensor in (self._keys, self._values):
                 tensor[:, :, begin : begin + rest] = tensor[:, :, end : end + rest].clone()
@@ -144,8 +144,10 @@ class Window:
             return empty, empty
         rows = [parts[0]] if len(parts) == 1 else parts
         joined = [
-            tuple(torch.cat([part[row][side] for part in rows], dim=1) if len(rows) > 1 else rows[0][row][side]
-                  for side in (0, 1))
+            tuple(
+                torch.cat([part[row][side] for part in rows], dim=1) if len(rows) > 1 else rows[0][row][side]
+                for side in (0, 1)
+            )
             for row in range(keys.shape[0])
         ]
         return [pair[0] for pair in joined], [pair[1] for pair in joined]

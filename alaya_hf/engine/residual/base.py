@@ -19,7 +19,7 @@ class Residual(ABC):
     #: Whether nothing is estimated.
     is_none: ClassVar[bool] = False
 
-    def check(self, index: Index) -> None:
+    def check(self, index: Index) -> None:  # noqa: B027  (most residuals follow every index)
         """Refuse an index that this residual cannot follow.
 
         Raises

@@ -57,22 +57,10 @@ class LowBit(Residual):
         scores = hits.all_scores
         if scores is None:
             scores = host.lowbit_scores(q, low)[:, :, : piece.length]
-        leave_out(scores, hits, mask)
+        host.leave_out(scores, hits.ids, hits.offsets, mask)
         if scores.shape[2] < low.num_tokens:
             # A prefix of the segment: what follows it does not exist for this row.
             padded = scores.new_full((*scores.shape[:2], low.num_tokens), float("-inf"))
             padded[:, :, : scores.shape[2]] = scores
             scores = padded
         return host.lowbit_attention(low, scores, scaling, skip=self.skip)
-
-
-def leave_out(scores: Tensor, hits: Hits, mask: Tensor | None) -> None:
-    """Take the tokens that are attended exactly out of the scores, in place."""
-    if not hits.ids.numel():
-        return
-    if mask is None:
-        scores[hits.kv_head, :, hits.ids.long()] = float("-inf")
-    else:
-        group, place = mask.nonzero(as_tuple=True)
-        scores[hits.kv_head[place], group, hits.ids[place].long()] = float("-inf")
-

@@ -1,0 +1,101 @@
+"""The command ``alaya-hf``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from alaya_hf import AlayaConfig, __version__
+from alaya_hf.cli.demo import MAX_NEW_TOKENS, PRESETS, WINDOW, Demo
+from alaya_hf.errors import AlayaError, ConfigError
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="alaya-hf",
+    help="Retrieval-based sparse attention over an offloaded KV cache, for Hugging Face Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _fail(error: Exception) -> NoReturn:
+    # As one line, so that a command in the message can be copied.
+    typer.echo(f"Error: {error}", err=True)
+    raise typer.Exit(code=2)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"alaya-hf {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Retrieval-based sparse attention over an offloaded KV cache, for Hugging Face Transformers."""
+
+
+@app.command("configs")
+def list_configs() -> None:
+    """List the presets that AlayaConfig.preset() and `demo --preset` know."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("preset", "query", "index", "residual", "window")
+    for name in AlayaConfig.presets():
+        try:
+            config = AlayaConfig.preset(name)
+        except ConfigError as error:
+            _fail(error)
+        window = f"{config.window.init} + {config.window.local}"
+        table.add_row(name, str(config.query), str(config.index), str(config.residual), window)
+    Console().print(table)
+
+
+@app.command("demo")
+def run_demo(
+    model: Annotated[
+        str | None,
+        typer.Option(help="A causal language model, as a name or a folder. [default: SmolLM2-135M-Instruct from PyPI]"),
+    ] = None,
+    document: Annotated[
+        Path | None, typer.Option(help="A text file. [default: seven licence agreements, 6,450 tokens]")
+    ] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(help="A question; repeat for more. [default: ten with known answers]"),
+    ] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(help=f"A system to run; repeat for more. [default: {', '.join(PRESETS)}]")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = MAX_NEW_TOKENS,
+    window: Annotated[
+        tuple[int, int], typer.Option(help="First and most recent tokens that stay on the device.")
+    ] = WINDOW,
+    device: Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, ...")] = "auto",
+    picture: Annotated[Path, typer.Option(help="Where to save the picture of what each layer retrieved.")] = Path(
+        "alaya-demo.png"
+    ),
+) -> None:
+    """Ask a long document questions: full attention, retrieval and a window alone, side by side."""
+    try:
+        Demo(
+            model=model,
+            document=document,
+            questions=question,
+            presets=preset,
+            max_new_tokens=max_new_tokens,
+            window=window,
+            device=device,
+            picture=picture,
+        ).run()
+    except AlayaError as error:
+        _fail(error)

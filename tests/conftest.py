@@ -1,0 +1,52 @@
+"""Fixtures and settings shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numba
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, settings
+
+from alaya_hf.patches import prompt_guard, routing
+
+settings.register_profile(
+    "alaya",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.differing_executors],
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "alaya"))
+transformers.logging.set_verbosity_error()
+torch.set_num_threads(1)
+# Test processes share the cores: a parallel region that waits for a thread of its own costs more than the work of a test.
+numba.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip GPU tests where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _patches_as_found() -> Iterator[None]:
+    """Routing and prompt guard are on, as after the first AlayaCache of a process, and stay so for the next test."""
+    routing.enable()
+    prompt_guard.enable()
+    yield
+    routing.enable()
+    prompt_guard.enable()
