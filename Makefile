@@ -22,16 +22,16 @@ lowest := $(abspath $(VENV))/transformers-$(LOWEST)
 tree := $(VENV)/tree
 packaging := pyproject.toml setup.py
 
-# Compiled numba kernels outlive a run; two test processes share two cores; nothing asks a hub.
+# Compiled numba kernels outlive a run; two test processes share two cores, one thread each; nothing asks a hub.
 export NUMBA_CACHE_DIR ?= $(abspath $(VENV))/numba
 export TOKENIZERS_PARALLELISM ?= false
-pytest := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1 \
+pytest := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg HF_HUB_OFFLINE=1 \
 	$(bin)/python -m pytest -n $(WORKERS) --dist worksteal -m "not gpu" $(PYTEST_ARGS)
 
 .PHONY: help demo check format test test-gpu env clean
 
 help:
-	@echo "make demo      store a contract, ask it, read the plan"
+	@echo "make demo      a real model answers questions about a real agreement, three ways"
 	@echo "make check     formatting, lint, types, import directions"
 	@echo "make test      all tests on the newest Transformers, the contract battery on $(LOWEST) too"
 	@echo "make test-gpu  the tests that need a CUDA device"

@@ -156,7 +156,10 @@ class AlayaConfig:
             self._merged(overrides)
 
     def _merged(self, overrides: Mapping[str, Any]) -> AlayaConfig:
-        return self.replace(layers={}, **overrides)
+        changes = dict(overrides)
+        if isinstance(changes.get("window"), Mapping):
+            changes["window"] = {**dataclasses.asdict(self.window), **changes["window"]}
+        return self.replace(layers={}, **changes)
 
     def for_layer(self, layer_idx: int) -> AlayaConfig:
         """The configuration of one layer, its overrides applied."""

@@ -33,5 +33,9 @@ class BatchSizeError(AlayaError):
     """The batch size differs from the one the cache was filled with."""
 
 
+class NonFiniteError(AlayaError):
+    """Keys or values that are infinite or not a number."""
+
+
 class HostMemoryError(AlayaError, MemoryError):
     """The host has too little free memory for the requested context."""

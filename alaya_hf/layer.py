@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +24,17 @@ from alaya_hf.planner import choose
 from alaya_hf.probes import Probe, StepRecord
 from alaya_hf.storage import HostStore, Window
 from alaya_hf.storage.memory import check_room
+
+
+def _outside_inference_mode(method: Callable[..., Any]) -> Callable[..., Any]:
+    """What the cache allocates outlives the pass: tensors made in inference mode could not be written to later."""
+
+    @functools.wraps(method)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **kwargs)
+
+    return run
 
 
 @dataclass
@@ -102,6 +115,7 @@ class AlayaLayer(CacheLayerMixin):
 
     # The cache contract -----------------------------------------------------------------------------------------------
 
+    @_outside_inference_mode
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Take device, dtype, batch size and heads from the first keys ``[batch, kv_heads, m, head_dim]``.
 
@@ -117,6 +131,11 @@ class AlayaLayer(CacheLayerMixin):
                 f"values {tuple(value_states.shape)}. Use a DynamicCache for this model."
             )
         batch, kv_heads, _, head_dim = key_states.shape
+        if head_dim % 16 and (self.config.residual.kind == "low_bit" or self.config.index.kind == "quantized"):
+            raise UnsupportedModelError(
+                f"low-bit copies need a head dimension that is a multiple of 16, but this model's is {head_dim}. Use "
+                "AlayaConfig(index='flat', residual='none') or residual='block_means'."
+            )
         self.dtype, self.device = key_states.dtype, key_states.device
         store_dtype = self.dtype if self.config.store_dtype == "auto" else getattr(torch, self.config.store_dtype)
         self.window = Window(batch, kv_heads, head_dim, self.config.window.init, self.dtype, self.device)
@@ -192,6 +211,7 @@ class AlayaLayer(CacheLayerMixin):
         """Forget everything."""
         self._clear()
 
+    @_outside_inference_mode
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens.
 
@@ -260,6 +280,7 @@ class AlayaLayer(CacheLayerMixin):
         if self.is_initialized:
             self.batch_select_indices(torch.arange(self.batch_size).repeat_interleave(repeats))
 
+    @_outside_inference_mode
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices`` (integers, or a bool mask over the rows). Offloaded tokens are not copied."""
         if not self.is_initialized:
@@ -280,6 +301,7 @@ class AlayaLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Nothing: this layer offloads by itself."""
 
+    @_outside_inference_mode
     def with_config(self, config: AlayaConfig) -> AlayaLayer:
         """A copy that shares the offloaded context and asks other questions of it.
 
@@ -336,12 +358,14 @@ class AlayaLayer(CacheLayerMixin):
     @property
     def lowbit_bytes(self) -> int:
         """Bytes of the low-bit copies and block means, which answer for the tokens that a query leaves out."""
-        return 0 if self.store is None else self.store.lowbit_nbytes
+        if self.store is None:
+            return 0
+        return sum(self.config.residual.nbytes(segment) for segment in self.store.segments)
 
     @property
     def index_bytes(self) -> int:
         """Bytes of the indexes over the offloaded tokens."""
-        return 0 if self.store is None else self.store.index_nbytes
+        return 0 if self.store is None else sum(s.index_nbytes(self.config.index) for s in self.store.segments)
 
     def token_counts(self) -> list[int]:
         """Tokens cached per row, padding excluded."""
@@ -385,6 +409,7 @@ class AlayaLayer(CacheLayerMixin):
         new = valid[:, self._columns :]
         return None if bool(new.all()) else new
 
+    @_outside_inference_mode
     def attend(
         self,
         query: Tensor,
@@ -439,13 +464,12 @@ class AlayaLayer(CacheLayerMixin):
         valid = self._new_valid(tokens, mask)
         sparse = self._columns > 0 and tokens <= self.config.max_sparse_queries
         self._pending = None
-        with torch.no_grad():
-            run = self._decode if sparse else self._prefill
-            parts, record = run(query, keys, values, valid, scaling, softcap)
-            if sinks is not None:
-                lse = sinks.float().view(1, -1, 1).expand(query.shape[:3])
-                parts.append(Partial(torch.zeros(*query.shape, device=query.device), lse))
-            out = merge(parts).out
+        run = self._decode if sparse else self._prefill
+        parts, record = run(query, keys, values, valid, scaling, softcap)
+        if sinks is not None:
+            lse = sinks.float().view(1, -1, 1).expand(query.shape[:3])
+            parts.append(Partial(torch.zeros(*query.shape, device=query.device), lse))
+        out = merge(parts).out
         if self.probe is not None and record is not None:
             record.seconds = time.perf_counter() - began
             self.probe.steps.append(record)

@@ -71,7 +71,12 @@ def test_for_layer(config: AlayaConfig, layer: int) -> None:
     own = config.for_layer(layer)
     assert own.layers == {}
     expected = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    expected |= config.layers.get("default", {}) | config.layers.get(layer, {}) | {"layers": {}}
+    for overrides in (config.layers.get("default", {}), config.layers.get(layer, {})):
+        # A window given in part keeps the other fields of the window it changes.
+        for name, value in overrides.items():
+            partial = name == "window" and isinstance(value, dict)
+            expected[name] = dataclasses.replace(expected["window"], **value) if partial else value
+    expected["layers"] = {}
     assert own == AlayaConfig(**expected)
 
 

@@ -57,7 +57,13 @@ class LayerMachine(RuleBasedStateMachine):
     def start(self, init: int, local: int, overflow: int, min_context: int, sparse: int, batch: int) -> None:
         window = {"init": init, "local": local, "overflow": overflow}
         self.config = AlayaConfig(
-            query=Full(), window=window, min_context=min_context, max_sparse_queries=sparse, prefill_block=3
+            index="flat",
+            residual="none",
+            query=Full(),
+            window=window,
+            min_context=min_context,
+            max_sparse_queries=sparse,
+            prefill_block=3,
         )
         # Per cache: the layer, rows of columns (0: padding), and copies of the segments other caches must not change.
         self.caches: list[tuple[AlayaLayer, list[list[int]]]] = [
@@ -260,7 +266,9 @@ class TestSegment:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_store_dtype(dtype: str) -> None:
-    config: Any = AlayaConfig(query=Full(), window=(0, 1), min_context=0, store_dtype=dtype)
+    config: Any = AlayaConfig(
+        query=Full(), index="flat", residual="none", window=(0, 1), min_context=0, store_dtype=dtype
+    )
     layer = AlayaLayer(config)
     keys = torch.randn(1, KV_HEADS, 20, DIM)
     layer.update(keys, keys)

@@ -28,6 +28,13 @@ def _fail(error: Exception) -> NoReturn:
     raise typer.Exit(code=2)
 
 
+def _compact(spec: str | dict[str, object]) -> str:
+    """A component and what it does not leave at its default: ``dipr alpha=0.012``."""
+    if isinstance(spec, str):
+        return spec
+    return " ".join([str(spec["kind"]), *(f"{name}={value}" for name, value in spec.items() if name != "kind")])
+
+
 def _print_version(value: bool) -> None:
     if value:
         typer.echo(f"alaya-hf {__version__}")
@@ -49,14 +56,17 @@ def list_configs() -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("preset", "query", "index", "residual", "window")
+    table = Table()
+    for column in ("preset", "query", "index", "residual", "window"):
+        table.add_column(column, no_wrap=column in ("preset", "window"), overflow="fold")
     for name in AlayaConfig.presets():
         try:
             config = AlayaConfig.preset(name)
         except ConfigError as error:
             _fail(error)
         window = f"{config.window.init} + {config.window.local}"
-        table.add_row(name, str(config.query), str(config.index), str(config.residual), window)
+        plain = config.to_dict(full=True)
+        table.add_row(name, *(_compact(plain[part]) for part in ("query", "index", "residual")), window)
     Console().print(table)
 
 

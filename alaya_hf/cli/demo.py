@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,10 +45,8 @@ class SystemResult:
     ----------
     answers : list of str
         One completion per question.
-    prefill_seconds : float
-        Wall time of the document's forward pass.
     seconds_per_token : float
-        Wall time of generation over the tokens generated, question included, probes off.
+        Median wall time from one generated token to the next, probes off.
     attended, retrieved : float
         Tokens per query head and step, mean over layers and steps; with the window, without it.
     recovery : float or None
@@ -64,7 +63,6 @@ class SystemResult:
 
     name: str
     answers: list[str] = field(default_factory=list)
-    prefill_seconds: float = 0.0
     seconds_per_token: float = 0.0
     attended: float = 0.0
     retrieved: float = 0.0
@@ -82,8 +80,10 @@ class _EndOfLine(StoppingCriteria):
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        self.stamps: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.stamps.append(time.perf_counter())
         done = ["\n" in self.tokenizer.decode(row[-1:]) for row in input_ids]
         return torch.tensor(done, device=input_ids.device)
 
@@ -203,8 +203,13 @@ class Demo:
             ids = self._encode(tokenizer, text)
             prompts = [tokenizer(q.prompt, add_special_tokens=False).input_ids for q in self.asked]
             self._check_length(model, len(ids), max(map(len, prompts)))
+            # The document is read once; every system asks a copy that shares what was offloaded.
+            first = next(iter(self.settings.values()))
+            sampled = max(settings.index.sample_ratio for settings in self.settings.values())
+            read = AlayaCache(first.replace(sample_queries=sampled), config=model.config, probe_recovery=True)
+            self._prefill(model, read, ids, progress)
             results = [
-                self._run_system(name, settings, model, tokenizer, ids, prompts, progress)
+                self._run_system(name, read.fork(settings), model, tokenizer, ids, prompts, progress)
                 for name, settings in self.settings.items()
             ]
         self._print_answers(results, len(ids))
@@ -239,7 +244,7 @@ class Demo:
     def _run_system(
         self,
         name: str,
-        settings: AlayaConfig,
+        cache: AlayaCache,
         model: Any,
         tokenizer: Any,
         ids: list[int],
@@ -247,12 +252,8 @@ class Demo:
         progress: Progress,
     ) -> SystemResult:
         result = SystemResult(name)
-        cache = AlayaCache(settings, config=model.config, probe=True, probe_recovery=True)
-        began = time.perf_counter()
-        self._prefill(name, model, cache, ids, progress)
-        result.prefill_seconds = time.perf_counter() - began
         task = progress.add_task(f"{name}: questions", total=2 * len(prompts))
-        seconds = tokens = 0.0
+        times: list[float] = []
         with _without_probes(cache):
             # Compiles the kernels and makes the low-bit copy and the indexes, which exist from the first question on.
             self._ask(model, tokenizer, cache, ids, prompts[0], 2)
@@ -261,12 +262,10 @@ class Demo:
             result.lowbit_bytes = stats.get("lowbit_bytes", 0)
             result.offloaded_bytes = stats["offloaded_bytes"]
             for prompt in prompts:
-                began = time.perf_counter()
-                new = self._ask(model, tokenizer, cache, ids, prompt, self.max_new_tokens)
-                seconds, tokens = seconds + time.perf_counter() - began, tokens + len(new)
+                new = self._ask(model, tokenizer, cache, ids, prompt, self.max_new_tokens, times)
                 result.answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
                 progress.advance(task)
-        result.seconds_per_token = seconds / max(1, tokens)
+        result.seconds_per_token = statistics.median(times) if times else 0.0
         for prompt in prompts:
             self._ask(model, tokenizer, cache, ids, prompt, min(self.max_new_tokens, MEASURED_TOKENS))
             progress.advance(task)
@@ -274,10 +273,10 @@ class Demo:
         return result
 
     @staticmethod
-    def _prefill(name: str, model: Any, cache: AlayaCache, ids: list[int], progress: Progress) -> None:
+    def _prefill(model: Any, cache: AlayaCache, ids: list[int], progress: Progress) -> None:
         """Run the document through the model once, without the logits, which nobody needs."""
         layers = list(getattr(model.base_model, "layers", ()))
-        task = progress.add_task(f"{name}: reading {len(ids):,} tokens", total=len(layers) or 1)
+        task = progress.add_task(f"reading {len(ids):,} tokens", total=len(layers) or 1)
         hooks = [layer.register_forward_hook(lambda *_: progress.advance(task)) for layer in layers]
         try:
             with torch.no_grad():
@@ -291,9 +290,19 @@ class Demo:
 
     @staticmethod
     def _ask(
-        model: Any, tokenizer: Any, cache: AlayaCache, ids: list[int], prompt: list[int], max_new_tokens: int
+        model: Any,
+        tokenizer: Any,
+        cache: AlayaCache,
+        ids: list[int],
+        prompt: list[int],
+        max_new_tokens: int,
+        times: list[float] | None = None,
     ) -> list[int]:
-        """Continue document and prompt greedily, then take the cache back to the document."""
+        """Continue document and prompt greedily, then take the cache back to the document.
+
+        ``times`` receives the seconds from each token to the next, the question's own pass excluded.
+        """
+        stop = _EndOfLine(tokenizer)
         whole = torch.tensor([ids + prompt], device=model.device)
         out = model.generate(
             input_ids=whole,
@@ -302,9 +311,11 @@ class Demo:
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-            stopping_criteria=StoppingCriteriaList([_EndOfLine(tokenizer)]),
+            stopping_criteria=StoppingCriteriaList([stop]),
         )
         cache.crop(len(ids) - cache.get_seq_length())
+        if times is not None:
+            times += [later - earlier for earlier, later in zip(stop.stamps, stop.stamps[1:], strict=False)]
         return out[0, whole.shape[1] :].tolist()
 
     @staticmethod
@@ -338,7 +349,7 @@ class Demo:
         if any(question.answer for question in self.asked):
             table.add_column("in the document", overflow="fold")
         for result in results:
-            table.add_column(result.name, overflow="fold", min_width=14)
+            table.add_column(result.name, overflow="fold")
         for number, question in enumerate(self.asked):
             row: list[Any] = [Text(question.question)]
             if question.answer is not None:
@@ -355,22 +366,23 @@ class Demo:
         known = any(question.answer for question in self.asked)
         columns = (
             "correct" if known else "as full",
-            "tokens\nper head",
+            "attended\nper head",
             "recovery",
             "window\nMB",
             "low-bit\nMB",
-            "offloaded\nMB",
+            "host\nMB",
             "ms per\ntoken",
         )
         table = Table(
             title=f"Systems, window {self.window[0]} + {self.window[1]} tokens",
-            caption="window and low-bit copy on the device, offloaded in host memory",
+            caption="attended: tokens at full precision. MB of keys and values: window and low-bit copy on the device, "
+            "all others on the host",
             box=box.SIMPLE_HEAD,
             pad_edge=False,
         )
         table.add_column("system", no_wrap=True)
         for column in columns:
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         for result in results:
             judged = [
                 self._correct(question, answer, results, number)

@@ -145,7 +145,7 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Notes
     -----
     The file is parsed once, here: ``from_pretrained(gguf_file=...)`` parses its 98,000 vocabulary strings three times
-    or more, which takes four times as long.
+    or more, which takes about three times as long.
     """
     path = find_checkpoint()
     if importlib.util.find_spec("gguf") is None:

@@ -88,5 +88,5 @@ class QuantizedSearcher(Searcher):
 
     @property
     def nbytes(self) -> int:
-        """Zero: the low-bit copy belongs to the segment and is counted there."""
-        return 0
+        """Bytes of the copy of the keys; zero where the ``low_bit`` residual has made it and counts it."""
+        return self.segment.lowbit_nbytes(self.index.bits, None)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alaya_hf.errors import NonFiniteError
 from alaya_hf.kernels.cpu.blocks import BlockMeans
 from alaya_hf.kernels.cpu.lowbit import LowBitKV
 from alaya_hf.storage.memory import check_host_memory
@@ -56,15 +57,19 @@ class Segment:
         """Bytes of the stored vectors (spare capacity not counted)."""
         return self.kv.numel() * self._buffer.element_size()
 
-    @property
-    def index_nbytes(self) -> int:
-        """Bytes of the indexes."""
-        return sum(searcher.nbytes for searcher in self._searchers.values())
+    def index_nbytes(self, index: Any) -> int:
+        """Bytes of one index over this segment, 0 if it was never asked."""
+        searcher = self._searchers.get(index)
+        return 0 if searcher is None else searcher.nbytes
 
-    @property
-    def lowbit_nbytes(self) -> int:
-        """Bytes of the low-bit copies and block means, which answer for all tokens."""
-        return sum(low.nbytes for low in self._lowbits.values()) + sum(mean.nbytes for mean in self._means.values())
+    def lowbit_nbytes(self, key_bits: int, value_bits: int | None) -> int:
+        """Bytes of a low-bit copy, 0 if it was never asked for."""
+        low = self._lowbits.get((key_bits, value_bits))
+        return 0 if low is None else low.nbytes
+
+    def means_nbytes(self, block: int) -> int:
+        """Bytes of the block means of one block size."""
+        return sum(means.nbytes for (size, _, _), means in self._means.items() if size == block)
 
     def reserve(self, tokens: int) -> None:
         """Make room for ``tokens`` in all.
@@ -91,7 +96,18 @@ class Segment:
         ----------
         keys, values : Tensor
             ``[kv_heads, m, head_dim]``, any device and dtype.
+
+        Raises
+        ------
+        NonFiniteError
+            If a vector is not finite; the segment stays as it was.
+        HostMemoryError
         """
+        if not (bool(torch.isfinite(keys).all()) and bool(torch.isfinite(values).all())):
+            raise NonFiniteError(
+                f"{keys.shape[1]} new tokens have keys or values that are infinite or not a number, which would spoil every "
+                "later answer. Expected finite vectors: check the model's precision (float16 overflows; try bfloat16)."
+            )
         end = self.used + keys.shape[1]
         self.reserve(end)
         self._buffer[:, self.used : end, 0] = keys.to("cpu")

@@ -60,16 +60,6 @@ class HostStore:
         """Bytes of keys and values, shared segments counted once."""
         return sum(segment.nbytes for segment in self.segments)
 
-    @property
-    def index_nbytes(self) -> int:
-        """Bytes of the indexes, shared segments counted once."""
-        return sum(segment.index_nbytes for segment in self.segments)
-
-    @property
-    def lowbit_nbytes(self) -> int:
-        """Bytes of the low-bit copies and block means, shared segments counted once."""
-        return sum(segment.lowbit_nbytes for segment in self.segments)
-
     def _may_write(self, piece: Piece, rows: list[int]) -> bool:
         """Whether nobody but ``rows`` reads the piece's segment, and they read all of it."""
         if piece.segment.shared or piece.length != piece.segment.used:

@@ -32,6 +32,10 @@ class Residual(ABC):
         """Bring what the estimate reads up to date with the segment; called before the index searches it."""
 
     @abstractmethod
+    def nbytes(self, segment: Segment) -> int:
+        """Bytes that the estimate keeps for a segment."""
+
+    @abstractmethod
     def estimate(self, q: Tensor, piece: Piece, hits: Hits, mask: Tensor | None, scaling: float) -> Partial:
         """Attention to the tokens that are not attended exactly.
 

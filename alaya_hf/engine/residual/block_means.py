@@ -56,6 +56,10 @@ class BlockMean(Residual):
     def prepare(self, segment: Segment) -> None:
         """Nothing: the means are made when they are first read."""
 
+    def nbytes(self, segment: Segment) -> int:
+        """See :meth:`Residual.nbytes`."""
+        return segment.means_nbytes(self.block)
+
     def estimate(self, q: Tensor, piece: Piece, hits: Hits, mask: Tensor | None, scaling: float) -> Partial:
         """See :meth:`Residual.estimate`."""
         with_keys = self.keys is True or hits.all_scores is None

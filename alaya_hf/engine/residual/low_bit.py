@@ -51,6 +51,10 @@ class LowBit(Residual):
         """See :meth:`Residual.prepare`."""
         segment.lowbit(self.key_bits, self.value_bits)
 
+    def nbytes(self, segment: Segment) -> int:
+        """See :meth:`Residual.nbytes`."""
+        return segment.lowbit_nbytes(self.key_bits, self.value_bits)
+
     def estimate(self, q: Tensor, piece: Piece, hits: Hits, mask: Tensor | None, scaling: float) -> Partial:
         """See :meth:`Residual.estimate`."""
         low = piece.segment.lowbit(self.key_bits, self.value_bits)

@@ -24,6 +24,10 @@ class NoResidual(Residual):
     def prepare(self, segment: Segment) -> None:
         """Nothing to prepare."""
 
+    def nbytes(self, segment: Segment) -> int:
+        """Zero."""
+        return 0
+
     def estimate(self, q: Tensor, piece: Piece, hits: Hits, mask: Tensor | None, scaling: float) -> Partial:
         """The partial of no tokens."""
         return Partial.empty(q.shape[:2], q.shape[2])
