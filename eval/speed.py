@@ -60,6 +60,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "residual": "block_means",
     },
     "graph + DIPRS": {"index": "graph", "residual": "none"},
+    "graph + DIPRS, slack 1.2": {"index": {"kind": "graph", "slack": 1.2}, "residual": "none"},
 }
 
 

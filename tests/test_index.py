@@ -128,7 +128,7 @@ def test_coarse_returns_whole_blocks_and_grows(strategy):
 INDEXES = [
     Flat(),
     Quantized(),
-    Quantized(margin=0),
+    Quantized(8, margin=0),
     Coarse(block=8),
     Coarse(block=8, strategy="bounds"),
     Graph(degree=8),

@@ -127,10 +127,13 @@ class Index(ABC):
     """Parameters of an index: a frozen dataclass registered by name."""
 
     kind: str
-    #: Query vectors to sample during prefill, as a share of the number of keys; 0 for none.
-    sample_ratio: ClassVar[float] = 0.0
     #: Whether a search scores every token, exactly or approximately.
     scores_all: ClassVar[bool] = False
+
+    @property
+    def sample_ratio(self) -> float:
+        """Query vectors to sample during prefill, as a share of the number of keys; 0 for none."""
+        return 0.0
 
     @abstractmethod
     def open(self, segment: Any) -> Searcher:

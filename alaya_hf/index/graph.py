@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,6 +32,11 @@ class Graph(Index):
         See :class:`~alaya_hf.index.roargraph.RoarGraph`.
     ef : int
         Width of the best-first search for :class:`~alaya_hf.TopK`; at least ``k`` is used.
+    query_ratio : float
+        Query vectors sampled during prefill per key; the paper's 0.4.
+    slack : float
+        DIPRS walks through keys within ``slack * beta`` of the best, at least 1, and returns those within ``beta``. A little
+        slack crosses gaps between critical keys, for more keys touched.
 
     Notes
     -----
@@ -48,8 +53,13 @@ class Graph(Index):
     max_candidates: int = 8192
     shared: bool = True
     ef: int = 128
+    query_ratio: float = 0.4
+    slack: float = 1.0
 
-    sample_ratio: ClassVar[float] = 0.4
+    @property
+    def sample_ratio(self) -> float:
+        """``query_ratio``."""
+        return self.query_ratio
 
     def __post_init__(self) -> None:
         try:
@@ -58,6 +68,8 @@ class Graph(Index):
             raise ConfigError(f"index graph: {error}") from error
         if isinstance(self.ef, bool) or not isinstance(self.ef, int) or self.ef < 1:
             raise ConfigError(f"index.ef must be an integer of at least 1, but got {self.ef!r}.")
+        if not 1 <= float(self.slack) <= 10:
+            raise ConfigError(f"index.slack must be in [1, 10], but got {self.slack!r}.")
 
     def build(self) -> RoarGraph:
         """An empty graph with these parameters."""
@@ -71,6 +83,7 @@ class Graph(Index):
             l0=self.l0,
             max_candidates=self.max_candidates,
             shared=self.shared,
+            query_ratio=self.query_ratio,
         )
 
     def check(self, query: Query) -> None:
@@ -108,8 +121,10 @@ class GraphSearcher(Searcher):
         store = self.segment.kv
         kv_heads, group = q.shape[:2]
         if isinstance(query, DIPR):
-            found = self._graph.search(q, store, query.range(scaling), best, limit)
-            return _united(found.ids, found.offsets, found.scores, kv_heads, group, n, int(found.touched.sum()))
+            beta = query.range(scaling)
+            found = self._graph.search(q, store, beta * self.index.slack, best, limit)
+            hits = _united(found.ids, found.offsets, found.scores, kv_heads, group, n, int(found.touched.sum()))
+            return hits if self.index.slack == 1 else hits.cut(query, best, scaling, window_lse)
         assert isinstance(query, TopK)
         k = min(query.k, n)
         ids, scores, touched = self._graph.search_topk(q, store, k, max(k, self.index.ef), limit)

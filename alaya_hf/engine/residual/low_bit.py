@@ -27,7 +27,7 @@ class LowBit(Residual):
     value_bits : {2, 4}
         Values: min-max per token per 32 channels.
     skip : float
-        Values are not read where they carry at most this share of a head's mass, see
+        Values are not read where they carry at most this share of the left-out mass of every head, see
         :func:`~alaya_hf.kernels.cpu.lowbit_attend.lowbit_attention`.
 
     Notes
@@ -37,7 +37,7 @@ class LowBit(Residual):
 
     key_bits: int = 4
     value_bits: int = 2
-    skip: float = 1e-4
+    skip: float = 1e-2
 
     def __post_init__(self) -> None:
         if self.key_bits not in (2, 4, 8):
