@@ -132,7 +132,8 @@ class RecallProbe:
             inside = torch.zeros_like(top, dtype=torch.int64)
             if isinstance(base.query, DIPR):
                 # Critical tokens of the window are attended always and count as found.
-                cut = base.query.threshold(truth.as_rows(), top, scaling, lse)
+                exact = truth.with_scores(q, piece.kv).as_rows()
+                cut = base.query.threshold(exact, top, scaling, lse)
                 inside = (window_scores >= cut.unsqueeze(-1)).sum(-1)
             for name, spec in INDEXES.items():
                 index = AlayaConfig(query=rule, index=spec, residual="none").index

@@ -25,15 +25,30 @@ from alaya_hf.cli.picture import save_picture
 from alaya_hf.cli.smollm2 import load_smollm2
 from alaya_hf.errors import AlayaError
 
-PRESETS = ("full", "alaya", "streaming_llm")
+PRESETS = (
+    "full",
+    "alaya",
+    "streaming_llm",
+    "alaya_block_means",
+    "alaya_graph",
+    "alayadb_paper",
+    "retrieval_attention",
+    "topk",
+    "quest",
+    "infllm",
+)
 """The systems the demo compares, one row each."""
+
+SHOWN = 3
+"""How many of them, the first ones, have their answers printed."""
 
 WINDOW = (64, 256)
 """First and most recent tokens on the device. Smaller than the presets', as the document is short for them."""
 
 MAX_NEW_TOKENS = 16
 MEASURED_TOKENS = 6
-"""Answers are generated again, with measurements, up to this many tokens: these cost a dense pass per step."""
+MEASURED_QUESTIONS = 4
+"""The first answers are generated again, up to so many tokens, with measurements, which cost a dense pass per step."""
 BINS = 256
 
 
@@ -252,7 +267,7 @@ class Demo:
         progress: Progress,
     ) -> SystemResult:
         result = SystemResult(name)
-        task = progress.add_task(f"{name}: questions", total=2 * len(prompts))
+        task = progress.add_task(f"{name}: questions", total=len(prompts) + min(len(prompts), MEASURED_QUESTIONS))
         times: list[float] = []
         with _without_probes(cache):
             # Compiles the kernels and makes the low-bit copy and the indexes, which exist from the first question on.
@@ -266,7 +281,7 @@ class Demo:
                 result.answers.append(tokenizer.decode(new, skip_special_tokens=True).strip())
                 progress.advance(task)
         result.seconds_per_token = statistics.median(times) if times else 0.0
-        for prompt in prompts:
+        for prompt in prompts[:MEASURED_QUESTIONS]:
             self._ask(model, tokenizer, cache, ids, prompt, min(self.max_new_tokens, MEASURED_TOKENS))
             progress.advance(task)
         self._measure(cache, result)
@@ -348,13 +363,13 @@ class Demo:
         table.add_column("question", overflow="fold")
         if any(question.answer for question in self.asked):
             table.add_column("in the document", overflow="fold")
-        for result in results:
+        for result in results[:SHOWN]:
             table.add_column(result.name, overflow="fold")
         for number, question in enumerate(self.asked):
             row: list[Any] = [Text(question.question)]
             if question.answer is not None:
                 row.append(Text(question.answer))
-            for result in results:
+            for result in results[:SHOWN]:
                 answer = result.answers[number]
                 correct = self._correct(question, answer, results, number)
                 mark, style = {True: ("✓ ", "green"), False: ("✗ ", "red"), None: ("", "")}[correct]
