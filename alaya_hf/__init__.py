@@ -5,7 +5,7 @@ from alaya_hf.cache import AlayaCache
 from alaya_hf.config import AlayaConfig, WindowConfig
 from alaya_hf.engine.residual import BlockMean, LowBit, NoResidual
 from alaya_hf.errors import AlayaError
-from alaya_hf.index import Coarse, Flat, Graph, Quantized
+from alaya_hf.index import Coarse, Flat, Graph, Quantized, Sign
 from alaya_hf.layer import AlayaLayer
 from alaya_hf.query import DIPR, Full, Recovery, TopK
 
@@ -26,6 +26,7 @@ __all__ = [
     "NoResidual",
     "Quantized",
     "Recovery",
+    "Sign",
     "TopK",
     "WindowConfig",
 ]

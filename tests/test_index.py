@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from alaya_hf import DIPR, AlayaConfig, Coarse, Flat, Graph, Quantized, Recovery, TopK
+from alaya_hf import DIPR, AlayaConfig, Coarse, Flat, Graph, Quantized, Recovery, Sign, TopK
 from alaya_hf.errors import ConfigError, NonFiniteError
 from alaya_hf.storage import Segment
 
@@ -72,7 +72,7 @@ def test_flat_is_exact(tokens, dtype, best):
 
 @pytest.mark.parametrize("query", [DIPR(alpha=0.05), TopK(20)], ids=str)
 @pytest.mark.parametrize(
-    ("index", "least"), [(Quantized(8), 0.995), (Quantized(4), 0.97), (Quantized(2), 0.8)], ids=str
+    ("index", "least"), [(Quantized(8), 0.995), (Quantized(4), 0.97), (Quantized(2), 0.8), (Sign(), 0.95)], ids=str
 )
 def test_quantized_recall_and_no_false_hits(query, index, least):
     found = wanted = 0
@@ -129,6 +129,7 @@ INDEXES = [
     Flat(),
     Quantized(),
     Quantized(8, margin=0),
+    Sign(),
     Coarse(block=8),
     Coarse(block=8, strategy="bounds"),
     Graph(degree=8),
@@ -180,3 +181,20 @@ def test_vectors_that_are_not_finite_are_refused(value):
 def test_recovery_needs_every_score(index, ratio):
     with pytest.raises(ConfigError, match=index):
         AlayaConfig(query=Recovery(ratio), index=index, residual="block_means")
+
+
+def test_sign_scores_match_their_reference_and_their_error():
+    from alaya_hf.kernels.cpu.sign import SignKeys, sign_scores, sign_scores_reference
+
+    # Independent keys and many queries: clusters would share their errors.
+    generator = torch.Generator().manual_seed(2)
+    keys = torch.randn(HEADS, 3000, DIM, generator=generator) + 1
+    q = torch.randn(HEADS, 50, DIM, generator=generator)
+    signs = SignKeys(HEADS, DIM)
+    for part in keys.split(1100, dim=1):
+        signs.append(part)
+    found = sign_scores(q, signs)
+    assert torch.allclose(found, sign_scores_reference(q, signs), atol=1e-3)
+    error = (found - q @ keys.transpose(1, 2)) / (q.norm(dim=-1, keepdim=True) * signs.spread[:, None, :3000])
+    # Unbiased, and as spread out as claimed.
+    assert error.mean().abs() < 0.05 and 0.9 < error.std() < 1.1

@@ -17,6 +17,7 @@ from alaya_hf.kernels.cpu.leave_out import leave_out
 from alaya_hf.kernels.cpu.lowbit_attend import lowbit_attention
 from alaya_hf.kernels.cpu.lowbit_scan import lowbit_scores
 from alaya_hf.kernels.cpu.select import select_threshold
+from alaya_hf.kernels.cpu.sign import sign_scores
 from alaya_hf.kernels.logits import logits_of
 from alaya_hf.kernels.partial import Partial, merge
 
@@ -30,6 +31,7 @@ __all__ = [
     "lowbit_scores",
     "scan_scores",
     "select_threshold",
+    "sign_scores",
 ]
 
 # Tokens brought to float32 at a time: bounds the working memory of a low-precision store.
