@@ -38,7 +38,7 @@ def long_contracts(data_dir: Path, tokenizer: Any, tokens: int, count: int) -> l
         # Three characters a token is on the safe side of legal English.
         if len(contract["text"]) < 3 * tokens:
             continue
-        ids = tokenizer(contract["text"], add_special_tokens=False).input_ids
+        ids = tokenizer(contract["text"], add_special_tokens=False, verbose=False).input_ids
         if len(ids) >= tokens:
             found.append((contract["id"], ids[:tokens]))
         if len(found) == count:

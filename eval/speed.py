@@ -60,6 +60,17 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "residual": "block_means",
     },
     "graph + DIPRS": {"index": "graph", "residual": "none"},
+    "retrieval_attention": {
+        "query": {"kind": "topk", "k": 100},
+        "index": "graph",
+        "residual": "none",
+        "group_mode": "per_head",
+    },
+    "graph + DIPRS .001 + block_means": {
+        "query": {"kind": "dipr", "alpha": 0.001},
+        "index": "graph",
+        "residual": {"kind": "block_means", "block": 16},
+    },
     "graph + DIPRS, slack 1.2": {"index": {"kind": "graph", "slack": 1.2}, "residual": "none"},
 }
 
@@ -74,13 +85,12 @@ def _median_ms(step: Callable[[int], Any], repeats: int) -> float:
     return 1000 * statistics.median(times)
 
 
-def _layer(data: dict[str, Tensor], settings: AlayaConfig) -> AlayaLayer:
-    """A layer that holds the synthetic context, built as prefill would."""
-    layer = AlayaLayer(settings, probe=None)
+def _layer(data: dict[str, Tensor]) -> AlayaLayer:
+    """A layer that holds the synthetic context and its sampled queries, as after prefill."""
+    layer = AlayaLayer(AlayaConfig(min_context=0))
     keys, values = data["kv"][None, :, :, 0], data["kv"][None, :, :, 1]
     layer.lazy_initialization(keys, values)
-    samples = [data["queries"]] if settings.index.sample_ratio else None
-    layer._append(keys, values, None, settings.window.local, samples)
+    layer._append(keys, values, None, layer.config.window.local, [data["queries"]])
     return layer
 
 
@@ -130,9 +140,11 @@ def _recovery(layer: AlayaLayer, settings: AlayaConfig, queries: Tensor, token: 
     return sum(recovery) / len(recovery)
 
 
-def _measure(name: str, data: dict[str, Tensor], settings: AlayaConfig, repeats: int) -> dict[str, Any]:
+def _measure(
+    name: str, layer: AlayaLayer, data: dict[str, Tensor], settings: AlayaConfig, repeats: int
+) -> dict[str, Any]:
     queries = data["decode_queries"]
-    layer = _layer(data, settings)
+    layer = layer.with_config(settings)
     assert layer.store is not None
     token = torch.zeros(1, KV_HEADS, 1, HEAD_DIM, dtype=data["kv"].dtype)
 
@@ -174,6 +186,7 @@ def decode(
     dtypes: Annotated[str, typer.Option(help="Store dtypes, comma-separated.")] = "float32,bfloat16",
     systems: Annotated[str, typer.Option(help="Systems, comma-separated; default all.")] = "",
     repeats: Annotated[int, typer.Option(help="Timed steps per system.")] = 15,
+    samples: Annotated[float, typer.Option(help="Sampled queries per key, for building graphs.")] = 0.4,
     critical: Annotated[int, typer.Option(help="Critical tokens per query head in the synthetic keys.")] = 128,
     output: Annotated[Path, typer.Option(help="Folder for table, CSV and plot.")] = Path("results/speed-decode"),
 ) -> None:
@@ -191,12 +204,22 @@ def decode(
         task = progress.add_task("decode", total=len(lengths) * len(kinds) * (len(names) + 1))
         for kind in kinds:
             for length in lengths:
-                data = synthetic_layer(KV_HEADS, GROUP, HEAD_DIM, length, critical=critical, dtype=getattr(torch, kind))
+                data = synthetic_layer(
+                    KV_HEADS,
+                    GROUP,
+                    HEAD_DIM,
+                    length,
+                    sample_queries=int(samples * length),
+                    critical=critical,
+                    dtype=getattr(torch, kind),
+                )
                 here = _baselines(data, repeats)
+                # Systems share the offloaded context, and the indexes that several of them use.
+                layer = _layer(data)
                 progress.advance(task)
                 for name in names:
                     settings = AlayaConfig(**SYSTEMS[name], min_context=0)
-                    here.append(_measure(name, data, settings, repeats))
+                    here.append(_measure(name, layer, data, settings, repeats))
                     progress.advance(task)
                 sdpa_ms = here[0]["ms"]
                 rows += [{"dtype": kind, "context": length, **row, "x SDPA": sdpa_ms / row["ms"]} for row in here]
