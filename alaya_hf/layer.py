@@ -14,9 +14,12 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from alaya_hf.config import AlayaConfig
+from alaya_hf.engine.masks import padding_of
 from alaya_hf.engine.prefill import attend_new, attend_store, attend_window
+from alaya_hf.engine.record import decode_record
 from alaya_hf.engine.retrieval import RetrievalStats, retrieve
-from alaya_hf.errors import AlayaError, BatchSizeError, IgnoredCacheError, UnsupportedMaskError, UnsupportedModelError
+from alaya_hf.engine.sampling import sample_queries
+from alaya_hf.errors import AlayaError, BatchSizeError, IgnoredCacheError, UnsupportedModelError
 from alaya_hf.handle import KVHandle
 from alaya_hf.kernels.attention import window_attention
 from alaya_hf.kernels.partial import Partial, merge
@@ -377,37 +380,11 @@ class AlayaLayer(CacheLayerMixin):
 
     def _new_valid(self, tokens: int, mask: Tensor | None) -> Tensor | None:
         if mask is not None:
-            return self._valid_from_4d(tokens, mask)
+            return padding_of(mask, tokens, self._columns, self.batch_size, self._valid)
         forward = self.forward
         if forward.past != self._columns or forward.valid is None or forward.valid.shape[1] != tokens:
             return None
         return forward.valid
-
-    def _valid_from_4d(self, tokens: int, mask: Tensor) -> Tensor | None:
-        """Padding of the new tokens from a prepared mask, which has to be causal + padding."""
-        columns = self._columns + tokens
-        if mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[2:] != (tokens, columns):
-            raise UnsupportedMaskError(
-                f"AlayaCache takes masks [batch, 1, {tokens}, {columns}] that are causal + padding, but got shape "
-                f"{tuple(mask.shape)}. Pass a 2-D attention_mask [batch, {columns}] instead."
-            )
-        seen = (mask if mask.dtype == torch.bool else mask == 0).to("cpu")
-        seen = seen.expand(self.batch_size, 1, tokens, columns)[:, 0]
-        valid = seen[:, -1]
-        past = self._valid if self._valid is not None else torch.ones(len(valid), self._columns, dtype=torch.bool)
-        causal = torch.ones(tokens, columns, dtype=torch.bool).tril(self._columns)
-        expected = causal & valid.unsqueeze(1)
-        # Rows of padding queries see whatever they like: their output is never used.
-        wrong = (seen != expected) & valid[:, self._columns :].unsqueeze(-1)
-        # Unless they look at padding among themselves: then they are a packed sequence of their own.
-        packed = (seen & ~valid.unsqueeze(1)).any(dim=-1) & ~seen.all(dim=-1)
-        if bool(wrong.any()) or bool(packed.any()) or not torch.equal(valid[:, : self._columns], past):
-            raise UnsupportedMaskError(
-                "AlayaCache takes attention masks that are causal + padding, but the 4-D mask given is something else "
-                "(packed sequences, bidirectional or tree attention). Pass a 2-D attention_mask, or use a DynamicCache."
-            )
-        new = valid[:, self._columns :]
-        return None if bool(new.all()) else new
 
     @_outside_inference_mode
     def attend(
@@ -511,35 +488,6 @@ class AlayaLayer(CacheLayerMixin):
             return total
         return self.config.window.local
 
-    def _sample(self, query: Tensor, valid: Tensor | None) -> list[Tensor] | None:
-        """Query vectors of this pass for building indexes, per row ``[kv_heads, s, head_dim]`` float32 on the host.
-
-        Sampled evenly over positions and over the query heads of each group, since one index serves them all (AlayaDB,
-        section 6.3).
-        """
-        ratio = self.config.sample_queries
-        if ratio is None:
-            ratio = self.config.index.sample_ratio
-        if not ratio:
-            return None
-        batch, heads, tokens, head_dim = query.shape
-        assert self.store is not None
-        kv_heads = self.store.kv_heads
-        grouped = query.view(batch, kv_heads, heads // kv_heads, tokens, head_dim)
-        samples = []
-        for row in range(batch):
-            places = torch.arange(tokens) if valid is None else valid[row].nonzero().flatten()
-            count = int(len(places) * ratio)
-            if not count:
-                samples.append(torch.empty(kv_heads, 0, head_dim))
-                continue
-            chosen = torch.linspace(0, len(places) - 1, count).round().long()
-            group = torch.arange(count) % (heads // kv_heads)
-            device = query.device
-            taken = grouped[row][:, group.to(device), places[chosen].to(device)]
-            samples.append(taken.to("cpu", torch.float32))
-        return samples
-
     def _prefill(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
     ) -> tuple[list[Partial], StepRecord | None]:
@@ -551,7 +499,9 @@ class AlayaLayer(CacheLayerMixin):
             parts.append(attend_window(query, self.window, scaling, softcap))
             part, moved = attend_store(query, self.store, self.config.prefill_block, scaling, softcap)
             parts.append(part)
-        samples = self._sample(query, valid)
+        ratio = self.config.sample_queries
+        ratio = self.config.index.sample_ratio if ratio is None else ratio
+        samples = sample_queries(query, self.store.kv_heads, ratio, valid) if ratio else None
         moved += self._append(keys, values, valid, self._keep(query.shape[2], 0), samples)
         if self.probe is None:
             return parts, None
@@ -588,7 +538,10 @@ class AlayaLayer(CacheLayerMixin):
                 self.probe is not None and self.probe.recovery,
             )
             parts.append(retrieved)
-        record = None if self.probe is None else self._record(tokens, parts, stats)
+        record = None
+        if self.probe is not None:
+            union = self.config.group_mode == "union"
+            record = decode_record(self.probe, tokens, self.token_counts(), self.window, parts, stats, union)
         if residual is not None:
             parts.append(residual)
         # Late materialisation: tokens leave the window in batches, after the step that filled it.
@@ -596,35 +549,3 @@ class AlayaLayer(CacheLayerMixin):
         if record is not None:
             record.bytes_moved = moved + stats.bytes_read
         return parts, record
-
-    def _record(self, tokens: int, parts: list[Partial], stats: RetrievalStats) -> StepRecord:
-        assert self.probe is not None and self.window is not None
-        windows = torch.tensor(self.window.lengths, dtype=torch.float32)
-        retrieved = stats.retrieved if stats.retrieved is not None else torch.zeros(len(windows), 1)
-        fetched = stats.fetched if stats.fetched is not None else torch.zeros(len(windows), 1)
-        attended = fetched if self.config.group_mode == "union" else retrieved
-        recovery = worst = None
-        if self.probe.recovery:
-            recovery, worst = 1.0, 1.0
-            if stats.everything_lse is not None:
-                exact = merge(parts).lse.to("cpu")
-                everything = torch.logaddexp(parts[0].lse.to("cpu"), stats.everything_lse)
-                ratio = torch.exp(exact - everything).clamp(max=1.0)
-                recovery, worst = float(ratio.mean()), float(ratio.mean(dim=(0, 2)).min())
-        self.probe.ids.extend(ids + self.config.window.init for ids in stats.ids)
-        if stats.retrieved is not None:
-            self.probe.head_counts.append(stats.retrieved.mean(dim=0))
-        counts = self.token_counts()
-        return StepRecord(
-            kind="decode",
-            tokens=tokens,
-            context=sum(counts) / len(counts),
-            attended=float(windows.mean() + attended.mean()),
-            retrieved=float(retrieved.mean()),
-            fetched=float(fetched.mean()),
-            touched=stats.touched / max(1, len(counts) * fetched.shape[1]),
-            recovery=recovery,
-            min_recovery=worst,
-            bytes_moved=0,
-            seconds=0.0,
-        )
