@@ -71,7 +71,9 @@ def prefill(model: Any, ids: Tensor, settings: AlayaConfig, probe_recovery: bool
 
 
 @torch.no_grad()
-def follow(model: Any, cache: AlayaCache, ids: Tensor, expected: Tensor, into: Fidelity) -> None:
+def follow(
+    model: Any, cache: AlayaCache, ids: Tensor, expected: Tensor, into: Fidelity, recovery_steps: int = 8
+) -> None:
     """Feed ``ids`` (``[1, steps]``) one token at a time and compare every prediction.
 
     Parameters
@@ -82,8 +84,14 @@ def follow(model: Any, cache: AlayaCache, ids: Tensor, expected: Tensor, into: F
         ``[steps, vocabulary]`` log-probabilities of full attention.
     into : Fidelity
         Where the results go.
+    recovery_steps : int
+        Steps on which the recovery ratio is measured, which costs a dense pass each.
     """
     for step in range(ids.shape[1]):
+        if step == recovery_steps:
+            for layer in cache.alaya_layers:
+                if layer.probe is not None:
+                    layer.probe.recovery = False
         logits = model(input_ids=ids[:, step : step + 1], past_key_values=cache).logits[0, -1]
         found = logits.float().log_softmax(dim=-1)
         into.kl.append(float((expected[step].exp() * (expected[step] - found)).sum()))

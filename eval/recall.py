@@ -213,6 +213,7 @@ def recall(
     texts = long_contracts(data_dir, tokenizer, tokens, documents)
     network.set_attn_implementation("alaya")
     results = {name: Fidelity() for name in settings}
+    done, text = 0, ""
     probe = RecallProbe({"DIPR 0.012": DIPR(0.012), "top-100": TopK(100)})
     with Progress() as progress:
         task = progress.add_task("recall", total=len(texts) * (len(settings) + 2))
@@ -226,18 +227,29 @@ def recall(
             for name, chosen in settings.items():
                 follow(network, prefilled.fork(chosen), sequence[:, -steps:], expected, results[name])
                 progress.advance(task)
+            # After every contract, so that an interrupted run leaves what it has.
+            done += 1
+            title = f"{model}, {done} contracts of {tokens} tokens, window {init} + {local}, {steps} steps each"
+            text = _write(output, title, probe, compared, results)
+    typer.echo(text)
+
+
+def _write(
+    output: Path,
+    title: str,
+    probe: RecallProbe,
+    compared: list[tuple[str, str, dict[str, Any]]],
+    results: dict[str, Fidelity],
+) -> str:
     recall_rows, detail = _recall_tables(probe)
     rows = [_fidelity_row(family, name, results[name]) for family, name, _ in compared]
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "recall_by_head.csv", detail)
     write_csv(output / "fidelity.csv", rows)
     curves(rows, output / "fidelity.png")
-    text = (
-        f"{describe()}\n\n{model}, {documents} contracts of {tokens} tokens, window {init} + {local}, {steps} steps each\n\n"
-        f"{markdown(recall_rows)}\n\n{markdown(rows)}\n"
-    )
+    text = f"{describe()}\n\n{title}\n\n{markdown(recall_rows)}\n\n{markdown(rows)}\n"
     (output / "recall.md").write_text(text, encoding="utf-8")
-    typer.echo(text)
+    return text
 
 
 def _compare(network: Any, prefilled: AlayaCache, ids: Tensor, expected: Tensor, probe: RecallProbe) -> None:

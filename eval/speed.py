@@ -71,7 +71,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         "index": "graph",
         "residual": {"kind": "block_means", "block": 16},
     },
-    "graph + DIPRS, slack 1.2": {"index": {"kind": "graph", "slack": 1.2}, "residual": "none"},
+    "graph + DIPRS (slack 1.2)": {"index": {"kind": "graph", "slack": 1.2}, "residual": "none"},
 }
 
 
@@ -200,6 +200,7 @@ def decode(
     lengths = [int(length) for length in contexts.split(",")]
     kinds = [kind.strip() for kind in dtypes.split(",")]
     rows: list[dict[str, Any]] = []
+    text = ""
     with Progress() as progress:
         task = progress.add_task("decode", total=len(lengths) * len(kinds) * (len(names) + 1))
         for kind in kinds:
@@ -223,6 +224,12 @@ def decode(
                     progress.advance(task)
                 sdpa_ms = here[0]["ms"]
                 rows += [{"dtype": kind, "context": length, **row, "x SDPA": sdpa_ms / row["ms"]} for row in here]
+                # After every length, so that an interrupted run leaves what it has.
+                text = _write_decode(rows, output)
+    typer.echo(text)
+
+
+def _write_decode(rows: list[dict[str, Any]], output: Path) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     columns.insert(4, columns.pop(columns.index("x SDPA")))
     rows = [{column: row.get(column) for column in columns} for row in rows]
@@ -231,7 +238,7 @@ def decode(
     text = f"{describe()}\n\n{markdown(rows)}\n"
     (output / "decode.md").write_text(text, encoding="utf-8")
     loglog(rows, output / "decode.png")
-    typer.echo(text)
+    return text
 
 
 @app.command()

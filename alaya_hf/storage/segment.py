@@ -164,6 +164,9 @@ class Segment:
         if low is None:
             low = LowBitKV(self._buffer.shape[0], self._buffer.shape[3], key_bits, value_bits)
             self._lowbits[key_bits, value_bits] = low
+            if value_bits is not None:
+                # A copy of the same keys alone has become superfluous.
+                self._lowbits.pop((key_bits, None), None)
         if low.num_tokens < self.used:
             low.append(self.kv[:, low.num_tokens :])
         return low
