@@ -18,6 +18,7 @@ def loglog(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(kinds), figsize=(6.5 * len(kinds), 5), sharey=True, squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
         here = [row for row in rows if row["dtype"] == kind]
+        axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
         for system in dict.fromkeys(row["system"] for row in here):
             points = sorted((row["context"], row["ms"]) for row in here if row["system"] == system)
             style = "k--" if system == "torch SDPA" else "o-"
@@ -27,7 +28,7 @@ def loglog(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_xscale("log", base=2)
         axis.grid(True, which="major", alpha=0.3)
     axes[0][0].set_ylabel("median time (ms)")
-    axes[0][-1].legend(fontsize=8)
+    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -40,14 +41,15 @@ def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7.5, 5.5))
+    figure, axis = plt.subplots(figsize=(9.5, 5.5))
+    axis.set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for family in dict.fromkeys(row["family"] for row in rows):
         points = sorted((row["retrieved %"], row["KL"]) for row in rows if row["family"] == family)
         axis.semilogy([x for x, _ in points], [y for _, y in points], "o-", label=family, markersize=4)
     axis.set_xlabel("tokens retrieved per query head (% of the context)")
     axis.set_ylabel("KL to full attention (nats per token)")
     axis.grid(True, which="both", alpha=0.25)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
