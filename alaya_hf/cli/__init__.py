@@ -8,7 +8,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from alaya_hf import AlayaConfig, __version__
-from alaya_hf.cli.demo import MAX_NEW_TOKENS, PRESETS, WINDOW, Demo
+from alaya_hf.cli.demo import ALL_PRESETS, MAX_NEW_TOKENS, PRESETS, WINDOW, Demo
 from alaya_hf.errors import AlayaError, ConfigError
 
 __all__ = ["app"]
@@ -86,6 +86,7 @@ def run_demo(
     preset: Annotated[
         list[str] | None, typer.Option(help=f"A system to run; repeat for more. [default: {', '.join(PRESETS)}]")
     ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every preset; takes about ten minutes on two cores.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = MAX_NEW_TOKENS,
     window: Annotated[
         tuple[int, int], typer.Option(help="First and most recent tokens that stay on the device.")
@@ -101,7 +102,7 @@ def run_demo(
             model=model,
             document=document,
             questions=question,
-            presets=preset,
+            presets=ALL_PRESETS if every else preset,
             max_new_tokens=max_new_tokens,
             window=window,
             device=device,

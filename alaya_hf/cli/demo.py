@@ -25,10 +25,11 @@ from alaya_hf.cli.picture import save_picture
 from alaya_hf.cli.smollm2 import load_smollm2
 from alaya_hf.errors import AlayaError
 
-PRESETS = (
-    "full",
-    "alaya",
-    "streaming_llm",
+PRESETS = ("full", "alaya", "streaming_llm")
+"""The systems the demo compares unless told otherwise, one row each."""
+
+ALL_PRESETS = (
+    *PRESETS,
     "alaya_block_means",
     "alaya_graph",
     "alayadb_paper",
@@ -37,7 +38,7 @@ PRESETS = (
     "quest",
     "infllm",
 )
-"""The systems the demo compares, one row each."""
+"""Every preset, in the order of the table."""
 
 SHOWN = 3
 """How many of them, the first ones, have their answers printed."""
