@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -64,8 +64,6 @@ class ForwardState:
 class _Pending:
     keys: Tensor
     values: Tensor
-    consumed: bool = False
-    handles: tuple[Any, Any] | None = field(default=None, repr=False)
 
 
 class AlayaLayer(CacheLayerMixin):
@@ -178,9 +176,6 @@ class AlayaLayer(CacheLayerMixin):
                 f"the cache holds {self.batch_size} sequences, but {key_states.shape[0]} were given. Use one AlayaCache per "
                 "batch, or batch_select_indices / batch_repeat_interleave to change the rows it holds."
             )
-        if key_states.requires_grad and torch.is_grad_enabled() and not key_states.is_leaf:
-            # Gradients would stop at the store without a word.
-            key_states, value_states = key_states.detach(), value_states.detach()
         self._pending = _Pending(key_states, value_states)
         return KVHandle.wrap(key_states, self), KVHandle.wrap(value_states, self)
 
