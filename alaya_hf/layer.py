@@ -500,7 +500,9 @@ class AlayaLayer(CacheLayerMixin):
         moved += self._append(keys, values, valid, self._keep(query.shape[2], 0), samples)
         if self.probe is None:
             return parts, None
-        return parts, StepRecord("prefill", query.shape[2], context, context, 0, 0, 0, None, None, moved, 0.0)
+        return parts, StepRecord(
+            "prefill", query.shape[2], context, context, 0, 0, 0, None, None, None, None, moved, 0.0
+        )
 
     def _decode(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
@@ -535,8 +537,7 @@ class AlayaLayer(CacheLayerMixin):
             parts.append(retrieved)
         record = None
         if self.probe is not None:
-            union = self.config.group_mode == "union"
-            record = decode_record(self.probe, tokens, self.token_counts(), self.window, parts, stats, union)
+            record = decode_record(self.probe, tokens, self.token_counts(), self.window, parts, stats, query.shape[1])
         if residual is not None:
             parts.append(residual)
         # Late materialisation: tokens leave the window in batches, after the step that filled it.

@@ -35,6 +35,10 @@ class StepRecord:
         Mean share of the attention mass on the exactly attended tokens, in [0, 1]; None if not asked for.
     min_recovery : float or None
         The same of the worst head.
+    watched : float or None
+        Share of the probe's watched tokens that were attended exactly, mean over rows, query heads and positions.
+    watched_coverage : float or None
+        Share of them that at least one query head attended to exactly, mean over rows and positions.
     bytes_moved : int
         Bytes of keys and values that crossed between store and attention, both ways.
     seconds : float
@@ -50,6 +54,8 @@ class StepRecord:
     touched: float
     recovery: float | None
     min_recovery: float | None
+    watched: float | None
+    watched_coverage: float | None
     bytes_moved: int
     seconds: float
 
@@ -65,10 +71,14 @@ class Probe:
     observer : callable, optional
         Called in every decode step with the layer, the queries ``[batch, heads, q_len, head_dim]``, and the best score and
         log-sum-exp of the window (``[batch, heads, q_len]``), before anything is retrieved.
+    watch : Tensor, optional
+        ``[n]`` int64 on the host, token positions in ascending order: how far the attended tokens cover them is recorded in
+        every decode step. With the tokens of the passage that holds an answer this is *evidence recall*.
     """
 
     recovery: bool = False
     observer: Callable[[Any, Tensor, Tensor, Tensor], None] | None = None
+    watch: Tensor | None = None
     steps: list[StepRecord] = field(default_factory=list)
     ids: list[Tensor] = field(default_factory=list)
     head_counts: list[Tensor] = field(default_factory=list)
@@ -84,7 +94,17 @@ class Probe:
         """Means over the decode steps."""
         decode = [step for step in self.steps if step.kind == "decode"]
         summary: dict[str, Any] = {"steps": len(decode)}
-        for name in ("context", "attended", "retrieved", "fetched", "touched", "recovery", "seconds"):
+        for name in (
+            "context",
+            "attended",
+            "retrieved",
+            "fetched",
+            "touched",
+            "recovery",
+            "watched",
+            "watched_coverage",
+            "seconds",
+        ):
             values = [getattr(step, name) for step in decode if getattr(step, name) is not None]
             summary[name] = sum(values) / len(values) if values else None
         worst = [step.min_recovery for step in decode if step.min_recovery is not None]

