@@ -1,15 +1,30 @@
-"""``python -m eval``: speed, recall and fidelity."""
+"""``python -m eval``: speed, recall, fidelity, legal tasks, ablations and reports."""
 
 from __future__ import annotations
 
 import typer
 
+from eval.ablate import ablate
+from eval.legal_command import legal
 from eval.recall import recall
+from eval.reporting.command import report
 from eval.speed import app as speed
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Evaluate alaya_hf.")
+app.command()(legal)
+app.command()(ablate)
+app.command()(report)
 app.command()(recall)
 app.add_typer(speed, name="speed")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def harness(context: typer.Context) -> None:
+    """lm-evaluation-harness's own command line, with the model 'alaya' registered."""
+    from eval.harness import main
+
+    main(context.args)
+
 
 if __name__ == "__main__":
     app()

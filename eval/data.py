@@ -1,12 +1,12 @@
-"""Legal documents for evaluation."""
+"""Contracts cut to a number of tokens, for the speed and recall commands."""
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from eval.legal.sources import Source
 
 
 def contracts(data_dir: Path) -> Iterator[dict[str, Any]]:
@@ -14,15 +14,10 @@ def contracts(data_dir: Path) -> Iterator[dict[str, Any]]:
 
     Raises
     ------
-    FileNotFoundError
-        If the folder has no such file.
+    DataError
+        If the folder has no such file (`MissingData`) or a row is malformed.
     """
-    path = Path(data_dir) / "cuad.jsonl.gz"
-    if not path.exists():
-        raise FileNotFoundError(f"no cuad.jsonl.gz in {data_dir}. Point --data-dir at a folder that has it.")
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        for line in lines:
-            yield json.loads(line)
+    yield from Source(data_dir).contracts()
 
 
 def long_contracts(data_dir: Path, tokenizer: Any, tokens: int, count: int) -> list[tuple[str, list[int]]]:

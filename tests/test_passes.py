@@ -46,6 +46,21 @@ def test_a_pass_equals_its_tokens_one_by_one(index, residual, group_mode):
     assert one["attended"] - many["attended"] == pytest.approx((NEW - 1) / 2)
 
 
+def test_a_pass_that_retrieves_nothing():
+    settings = AlayaConfig(query=DIPR(alpha=1.0), index="flat", residual="none", window=(8, 16), min_context=0)
+    layer = filled(settings)
+    layer.probe = Probe(watch=torch.tensor([3, 100]))
+    keys = torch.zeros(1, KV_HEADS, NEW, DIM)
+    # Every query's best key is among the pass's own: nothing outside the window is critical.
+    queries = torch.randn(1, KV_HEADS * GROUP, NEW, DIM)
+    own = 1000 * queries.view(1, KV_HEADS, GROUP, NEW, DIM).sum(dim=2)
+    layer.update(own, keys)
+    queries = own.repeat_interleave(GROUP, dim=1) / 1000
+    layer.attend(queries, SCALING)
+    (step,) = layer.probe.steps
+    assert step.retrieved == step.fetched == 0 and step.watched == pytest.approx(0.5)
+
+
 @pytest.mark.parametrize("group_mode", ["union", "per_head"])
 def test_watched_tokens_are_counted(group_mode):
     settings = AlayaConfig(

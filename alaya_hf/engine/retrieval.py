@@ -157,7 +157,7 @@ def _attendance(mask: Tensor, q_len: int) -> Tensor | None:
     if q_len == 1:
         return None
     group = mask.shape[0] // q_len
-    return mask.view(group, q_len, -1).amax(dim=0).repeat(group, 1)
+    return mask.view(group, q_len, mask.shape[1]).amax(dim=0).repeat(group, 1)
 
 
 def _count(
@@ -177,4 +177,4 @@ def _count(
     per_head = torch.zeros(counts.numel(), group)
     per_head.index_add_(0, kv_head, who.T.float())
     stats.attended[row] += per_head.mean(dim=1)
-    stats.found.append((row, ids, kv_head, who.view(-1, q_len, ids.numel())))
+    stats.found.append((row, ids, kv_head, who.view(group // q_len, q_len, ids.numel())))

@@ -1,0 +1,1 @@
+"""Running items through systems."""

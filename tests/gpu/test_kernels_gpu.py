@@ -1,0 +1,127 @@
+"""The decode kernels on a CUDA device, against their references."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.gpu
+pytest.importorskip("triton")
+
+from alaya_hf.kernels.gpu import lowbit, nvrtc  # noqa: E402
+from tests.gpu import kernel_cases as cases  # noqa: E402
+
+HALF, BF16 = torch.float16, torch.bfloat16
+# head_dim, key bits, value bits, kv heads, group, tokens per row, dtype, cap
+SHAPES = [
+    (64, 4, 2, 2, 3, [192, 70], HALF, 5),
+    (64, 4, 0, 1, 1, [0, 1], BF16, 32),
+    (80, 8, 4, 3, 2, [65, 320, 1], HALF, 8),
+    (80, 2, 2, 1, 7, [300], BF16, 20),
+    (96, 4, 2, 2, 5, [127, 64], BF16, 17),
+    (128, 4, 2, 2, 8, [0, 130, 320], BF16, 32),
+    (128, 4, 4, 1, 4, [319], HALF, 1),
+    (128, 4, 0, 2, 8, [256, 3], HALF, 32),
+    (128, 8, 2, 1, 16, [200], BF16, 300),
+    (256, 4, 2, 1, 12, [190], BF16, 9),
+    (256, 4, 0, 2, 2, [77, 320], HALF, 9),
+]
+
+
+@pytest.fixture(params=SHAPES, ids=lambda shape: "-".join(map(str, shape[:5])))
+def case(request):
+    return cases.Case(*request.param[:7], device="cuda", cap=request.param[7])
+
+
+def test_quantise(case):
+    cases.check_quantise(case)
+
+
+def test_extend(case):
+    cases.check_extend(case)
+
+
+def test_window(case):
+    cases.check_window(case)
+
+
+@pytest.mark.parametrize("beta", [cases.INF, 3.0])
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+def test_pass(case, beta, implementation, monkeypatch):
+    if implementation == "triton":
+        monkeypatch.setattr(nvrtc, "available", lambda device: False)
+    elif not nvrtc.available(0):
+        pytest.skip("needs NVRTC and compute capability 8.0")
+    cases.check_pass(case, beta)
+
+
+@pytest.mark.parametrize("beta, ratio", [(cases.INF, 1.0), (3.0, 1.0), (cases.INF, 0.5)])
+def test_cut(case, beta, ratio):
+    cases.check_cut(case, beta, ratio)
+
+
+@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("union", [True, False])
+def test_gather(case, union, replace):
+    cases.check_gather(case, union, replace)
+
+
+def test_merge(case):
+    cases.check_merge(case)
+
+
+@pytest.mark.parametrize("beta, ratio, union", [(20.0, 1.0, True), (cases.INF, 1.0, False), (cases.INF, 0.5, True)])
+def test_step(case, beta, ratio, union):
+    cases.check_step(case, beta, ratio, union)
+
+
+def test_operators_know_their_fakes(case):
+    """`torch.compile` may trace a step: schemas say what is written."""
+    work = case.work()
+    arguments = (case.records, case.q, case.low, work.best, work.tile_max, work.scores, work.acc, work.ml, 0, work.parts,
+                 case.scaling, 1.0, *case.bits)  # fmt: skip
+    torch.library.opcheck(lowbit.lowbit_pass, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def _generation(graphed):
+    """Outputs of 150 steps, and the tokens in the low-bit copy after them."""
+    from alaya_hf.kernels.gpu.host_memory import device_view
+    from alaya_hf.kernels.gpu.step import decode_step
+    from alaya_hf.kernels.gpu.window import advance
+
+    torch.manual_seed(0)
+    case = cases.Case(64, 4, 2, 2, 4, [64, 128], BF16, "cuda")
+    work, (keys, values) = case.work(), case.window()
+    store = torch.zeros(2, 2, 600, 2, 64, dtype=BF16, pin_memory=True)
+    store[:, :, : max(case.counts) + 1] = case.store().nan_to_num(0.0)
+    view = device_view(store)
+    steps = torch.randn(150, 2, 8, 64, device="cuda").to(BF16)
+    q, k, v = (torch.zeros(2, heads, 64, dtype=BF16, device="cuda") for heads in (8, 2, 2))
+
+    def step():
+        place = (case.records, case.total, case.low, case.init, case.local)
+        decode_step(work, q, k, v, keys, values, view, *place, case.scaling, 15.0)
+        advance(case.total, case.low, case.init, case.local, cases.TILES * 64)
+
+    state = (keys, values, case.records, case.total, case.low)
+    before = [x.clone() for x in state]
+    step()  # compiles
+    for x, was in zip(state, before, strict=True):
+        x.copy_(was)
+    graph = torch.cuda.CUDAGraph()
+    if graphed:
+        with torch.cuda.graph(graph):
+            step()
+    found = []
+    for x in steps:
+        q.copy_(x), k.copy_(x[:, 2:4]), v.copy_(x[:, 4:6])
+        graph.replay() if graphed else step()
+        found.append(work.out.clone())
+    return torch.stack(found), case.low.tolist()
+
+
+def test_graph_replays_a_generation():
+    """Steps replayed from a graph equal steps run one by one, while the window overflows into the low-bit copy."""
+    (eager, low), (graphed, low_graphed) = _generation(False), _generation(True)
+    assert low == low_graphed == [192, 256]
+    assert torch.equal(eager, graphed)

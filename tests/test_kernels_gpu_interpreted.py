@@ -1,0 +1,126 @@
+"""The GPU kernels in Triton's interpreter, on a CPU, against their references.
+
+Triton decides when it is imported, which other tests may have done: outside an interpreter this file runs itself again in one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+if torch.cuda.is_available():
+    pytest.skip("a GPU runs the kernels themselves: tests/gpu", allow_module_level=True)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_interpreter")
+
+from alaya_hf.kernels.gpu.layout import Layout  # noqa: E402
+from tests.gpu import kernel_cases as cases  # noqa: E402
+
+HALF, BF16 = torch.float16, torch.bfloat16
+# head_dim, key bits, value bits, kv heads, group, tokens per row, dtype
+SHAPES = [
+    (64, 4, 2, 2, 3, [192, 70], HALF),
+    (64, 4, 0, 1, 1, [0, 1], BF16),
+    (80, 8, 4, 1, 2, [65], HALF),
+    (128, 4, 2, 1, 8, [0, 130], BF16),
+]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="is inside")
+def test_in_interpreter():
+    """Every test of this file that needs the interpreter."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        "case",
+        __file__,
+    ]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@pytest.fixture(params=SHAPES, ids=lambda shape: "-".join(map(str, shape[:5])))
+def case(request):
+    return cases.Case(*request.param, device="cpu")
+
+
+@inside
+def test_case_quantise(case):
+    cases.check_quantise(case)
+
+
+@inside
+def test_case_extend(case):
+    cases.check_extend(case)
+    cases.check_extend(cases.Case(64, 4, 2, 1, 1, [64, 0], HALF, "cpu", recent=110))
+
+
+@inside
+def test_case_window(case):
+    cases.check_window(case)
+
+
+@inside
+def test_case_pass(case):
+    cases.check_pass(case)
+
+
+@inside
+@pytest.mark.parametrize("beta, ratio", [(cases.INF, 1.0), (3.0, 1.0), (cases.INF, 0.5)])
+def test_case_cut(case, beta, ratio):
+    cases.check_cut(case, beta, ratio)
+
+
+@inside
+@pytest.mark.parametrize("replace", [True, False])
+@pytest.mark.parametrize("union", [True, False])
+def test_case_gather(case, union, replace):
+    cases.check_gather(case, union, replace)
+
+
+@inside
+def test_case_merge(case):
+    cases.check_merge(case)
+
+
+@inside
+def test_case_step(case):
+    cases.check_step(case, beta=20.0)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("key_bits, value_bits", [(2, 2), (4, 2), (4, 4), (8, 8), (4, 0)])
+def test_layout_holds_every_token(head_dim, key_bits, value_bits):
+    """Error at most half a step (and float16's rounding) everywhere: no two codes share a place."""
+    layout = Layout(head_dim, key_bits, value_bits)
+    k, v = torch.rand(2, 1, 2, 150, head_dim)
+    keys, values = (x[:, :, :150] for x in layout.unpack(layout.pack(k, v)))
+    assert (keys - k).abs().max() <= 0.5 / ((1 << key_bits) - 1) + 2e-3
+    if value_bits:
+        assert (values - v).abs().max() <= 0.5 / ((1 << value_bits) - 1) + 2e-3
+    else:
+        torch.testing.assert_close(
+            values[:, :, 64:96], v[:, :, 64:96].mean(2, keepdim=True).expand(-1, -1, 32, -1), atol=1e-3, rtol=1e-3
+        )
+    assert layout.record % 16 == 0
+
+
+def test_unsupported_shapes_say_what_to_do():
+    with pytest.raises(ValueError, match="multiple of 16"):
+        Layout(72)
+    with pytest.raises(ValueError, match="key_bits"):
+        Layout(64, 3)
