@@ -85,6 +85,52 @@ class AlayaCache(Cache):
         """A cache with the layer types of ``model``; other arguments as for the constructor."""
         return cls(settings, config=model.config, **kwargs)
 
+    @classmethod
+    def from_cache(
+        cls,
+        cache: Cache,
+        settings: AlayaConfig | str | None = None,
+        *,
+        device: torch.device | str | None = None,
+        **kwargs: Any,
+    ) -> AlayaCache:
+        """A cache that takes over what a stock cache holds, for example a prefill made on another device.
+
+        Parameters
+        ----------
+        cache : Cache
+            A :class:`~transformers.DynamicCache` whose layers hold every token, without padding. Is not changed; its keys and
+            values are copied.
+        settings : AlayaConfig or str, optional
+        device : torch.device, optional
+            Of the model that goes on with it; default: where the keys are.
+        **kwargs
+            As for the constructor.
+
+        Raises
+        ------
+        UnsupportedModelError
+            For layers that do not hold every token (sliding windows, recurrent states, quantised ones).
+
+        Notes
+        -----
+        A stock cache keeps no queries, so a graph built on it links near keys only. The token ids are unknown: the check of
+        prompts begins with the next call of ``generate``.
+        """
+        filled = cls(settings, **kwargs)
+        for idx, layer in enumerate(cache.layers):
+            if type(layer) is not DynamicLayer or not layer.is_initialized:
+                raise UnsupportedModelError(
+                    f"layer {idx} of the cache is a {type(layer).__name__}"
+                    f"{'' if getattr(layer, 'is_initialized', False) else ' without keys'}, and only a filled DynamicLayer, "
+                    "which holds every token, can be taken over. Prefill an AlayaCache instead."
+                )
+            if idx == len(filled.layers):
+                filled.layers.append(filled._new_layer(idx))
+            where = device or layer.keys.device
+            filled.layers[idx].fill(layer.keys.to(where), layer.values.to(where))
+        return filled
+
     def fork(self, settings: AlayaConfig | str | None = None) -> AlayaCache:
         """A copy that shares the offloaded context, optionally with other settings.
 

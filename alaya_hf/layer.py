@@ -316,9 +316,29 @@ class AlayaLayer(CacheLayerMixin):
         keys, values = copy.contents()
         valid = copy._valid
         copy._clear()
-        copy.lazy_initialization(keys, values)
-        copy._append(keys, values, valid, copy._keep(keys.shape[2], 0))
+        copy.fill(keys, values, valid)
         return copy
+
+    @_outside_inference_mode
+    def fill(self, keys: Tensor, values: Tensor, valid: Tensor | None = None) -> None:
+        """Take a context that was computed elsewhere into an empty layer, without attending to anything.
+
+        Parameters
+        ----------
+        keys, values : Tensor
+            ``[batch, kv_heads, n, head_dim]``, keys after the rotary embedding; their device becomes the layer's.
+        valid : Tensor, optional
+            ``[batch, n]`` bool on the host, false where padding.
+
+        Raises
+        ------
+        AlayaError
+            If the layer holds tokens.
+        """
+        if self._columns:
+            raise AlayaError(f"layer {self.layer_idx} holds {self._columns} tokens already. Fill an empty cache.")
+        self.lazy_initialization(keys, values)
+        self._append(keys, values, valid, self._keep(keys.shape[2], 0))
 
     def contents(self) -> tuple[Tensor, Tensor]:
         """Everything cached, in order: two ``[batch, kv_heads, tokens, head_dim]`` on the layer's device.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -144,7 +145,16 @@ def legal(
     ] = "alaya",
     chat: Annotated[bool, typer.Option(help="Put prompts into the model's chat template.")] = False,
     device: Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, ...")] = "cpu",
+    answers: Annotated[
+        str,
+        typer.Option(
+            help="Systems that complete their own answers, comma-separated; others give fidelity and retrieval alone."
+        ),
+    ] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Shorten the tasks' answers to this; 0: as they are.")] = 0,
+    prefill_device: Annotated[
+        str, typer.Option(help="Prefill there and decode on --device; for systems without graphs.")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Of documents, needles and questions.")] = 0,
     shard: Annotated[
         str, typer.Option(help="RANK/COUNT: do this part of the documents. Set by accelerate launch.")
@@ -192,10 +202,13 @@ def legal(
         except DataError as error:
             raise typer.BadParameter(str(error)) from error
         network, tokenizer = load(name, device)
+        prefill = copy.deepcopy(network).to(prefill_device) if prefill_device else None
         check_lengths(sizes, network.config, name)
         if rank == 0:
             _note_skipped(results, name, chosen, sizes, missing, unavailable)
-        run_items(network, tokenizer, name, work, running, results, (init, local), match, where, rank, count, timing)
+        run_items(
+            network, tokenizer, name, work, running, results, (init, local), match, where, rank, count, timing, prefill
+        )
         if peers and foreign and rank == 0:
             _run_peers(name, work, foreign, results)
     typer.echo(f"results: {folder}\nreport:  python -m eval report {folder}")
@@ -230,6 +243,8 @@ def run_items(
     rank: int,
     count: int,
     timing: bool = True,
+    prefill_model: Any = None,
+    answers: list[str] | None = None,
 ) -> None:
     """Run this process's share of the work, with a progress bar on the first process."""
     work = take_shard(work, rank, count)
@@ -239,7 +254,7 @@ def run_items(
     with Progress(*columns, disable=rank != 0) as progress:
         bar = progress.add_task("legal", total=sum(len(items) for *_, items in work) * len(systems))
         runner = Runner(
-            network, tokenizer, name, systems, results, window, match or None, where, timing,
+            network, tokenizer, name, systems, results, window, match or None, where, timing, prefill_model, answers,
             on_row=lambda: progress.advance(bar),
         )  # fmt: skip
         for task, length, items in work:

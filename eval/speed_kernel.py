@@ -60,6 +60,8 @@ class Layer:
     records: dict[tuple[int, int], Tensor]
     window_k: Tensor
     window_v: Tensor
+    new_k: Tensor
+    new_v: Tensor
 
 
 def synthetic_device_layer(
@@ -160,7 +162,7 @@ def _make_layer(system: list[System], shape: tuple[int, int, int], tokens: int, 
     for to, source in ((window_k, keys), (window_v, values)):
         to[:, :, :INIT] = source[:, :, :INIT]
         to[:, :, slots] = source[:, :, INIT + low :]
-    return Layer(keys, values, store, q, records, window_k, window_v)
+    return Layer(keys, values, store, q, records, window_k, window_v, keys[:, :, 0].clone(), values[:, :, 0].clone())
 
 
 def _stages(
@@ -168,7 +170,7 @@ def _stages(
 ):
     """Single stages, each on what the ones before it left in the buffers."""
     bits = (system.key_bits, system.value_bits)
-    records, k, v = layer.records[bits], layer.keys[:, :, 0], layer.values[:, :, 0]
+    records, k, v = layer.records[bits], layer.new_k, layer.new_v
     after = work.window_parts + work.parts
     scratch = torch.empty_like(work.best)  # the merge would reset what the other stages read
 
@@ -268,7 +270,7 @@ def measure(
             layer: Layer, q: Tensor, system: System = system, work: Workspace = work, beta: float = beta
         ) -> Callable[[], Tensor]:
             return lambda: decode_step(
-                work, q, layer.keys[:, :, 0], layer.values[:, :, 0], layer.window_k, layer.window_v, layer.store,
+                work, q, layer.new_k, layer.new_v, layer.window_k, layer.window_v, layer.store,
                 layer.records[system.key_bits, system.value_bits], total, low, INIT, LOCAL, scaling, beta,
             )  # fmt: skip
 

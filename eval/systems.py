@@ -166,18 +166,33 @@ class Context:
         Query vectors sampled per key, for building graphs.
     chunk : int
         Tokens per forward pass.
+    prefill_model
+        The same model on a faster device, for the prefill alone. Takes no queries for graphs.
     """
 
     def __init__(
-        self, model: Any, ids: Tensor, window: tuple[int, int], sample_ratio: float = 0.0, chunk: int = 8192
+        self,
+        model: Any,
+        ids: Tensor,
+        window: tuple[int, int],
+        sample_ratio: float = 0.0,
+        chunk: int = 8192,
+        prefill_model: Any = None,
     ) -> None:
         settings = AlayaConfig(window=window, min_context=0, sample_queries=sample_ratio or None)
         self.model, self.ids = model, ids
+        taken = DynamicCache(config=model.config) if prefill_model is not None and not sample_ratio else None
         self.base = AlayaCache(settings, config=model.config)
         self._forks: dict[tuple[int, int], AlayaCache] = {}  # the last used comes last
         with torch.no_grad():
             for start in range(0, ids.shape[1], chunk):
-                model.model(input_ids=ids[:, start : start + chunk], past_key_values=self.base)
+                piece = ids[:, start : start + chunk]
+                if taken is None:
+                    model.model(input_ids=piece, past_key_values=self.base)
+                else:
+                    prefill_model.model(input_ids=piece.to(prefill_model.device), past_key_values=taken)
+        if taken is not None:
+            self.base = AlayaCache.from_cache(taken, settings, device=model.device, config=model.config)
 
     def fork(self, settings: AlayaConfig) -> AlayaCache:
         """A copy for one answer. Indexes are built once per document, and the offloaded context is copied once per window."""

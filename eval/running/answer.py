@@ -55,13 +55,13 @@ class Answer:
 
     Attributes
     ----------
-    output : Output
-        What the task scores.
+    output : Output or None
+        What the task scores; None if the answer was not completed.
     scored : list of Scored
         The continuations looked at: the draft, or every choice.
     """
 
-    output: Output
+    output: Output | None
     scored: list[Scored] = field(default_factory=list)
 
 
@@ -148,11 +148,11 @@ class Reader:
         self.forget(repeats + 1)
         return statistics.median(times[1:])
 
-    def observe(self, watch: Tensor) -> None:
-        """Record from here on what is attended, and how much of the watched tokens."""
+    def observe(self, watch: Tensor, recovery: bool = True) -> None:
+        """Record from here on what is attended, and how much of the watched tokens; the recovery ratio costs a dense pass."""
         if isinstance(self.cache, AlayaCache):
             for layer in self.cache.alaya_layers:
-                layer.probe = Probe(recovery=True, watch=watch)
+                layer.probe = Probe(recovery=recovery, watch=watch)
 
     def stop_observing(self) -> None:
         """Drop the records, which cost time to make."""
@@ -228,6 +228,7 @@ def verify(
     last: int,
     reference: Answer,
     on_scored: Callable[[], None] | None = None,
+    complete: bool = True,
 ) -> Answer:
     """A system's answer to an item, and its distributions along the reference's.
 
@@ -236,6 +237,8 @@ def verify(
     on_scored : callable, optional
         Called when the reference's tokens have been fed and nothing else has: what was observed until then is about the
         same tokens for every system.
+    complete : bool
+        Whether to go on where the system disagrees with the reference. Otherwise its own answer stays unknown (None).
     """
     on_scored = on_scored or (lambda: None)
     if decoder.task.kind != "generate":
@@ -249,6 +252,8 @@ def verify(
     agreed = next((place for place, (a, b) in enumerate(zip(own, ids, strict=True)) if a != b), None)
     if agreed is None:
         return Answer(Output(text=decoder.text(ids)), [scored])
+    if not complete:
+        return Answer(None, [scored])
     answer = [*ids[:agreed], own[agreed]]
     # In the cache: the last token and the draft but its end. Keep what the answer shares with it.
     shared = [last, *ids[:agreed]]

@@ -38,6 +38,8 @@ def fidelity(answer: Answer, reference: Answer) -> dict[str, float]:
 
 
 def _outcome(answer: Answer) -> object:
+    if answer.output is None:  # it parted from the reference's
+        return None
     logprobs = answer.output.logprobs
     return max(range(len(logprobs)), key=logprobs.__getitem__) if len(logprobs) > 1 else answer.output.text
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -37,6 +37,11 @@ class Runner:
         Goes into every row.
     timing : bool
         Measure the time of one-token passes, on the first item of every document.
+    prefill_model : optional
+        The same model on a faster device, for prefills alone.
+    answers : collection of str, optional
+        Systems whose own answers are completed where they part from full attention's, token by token, which is most of the
+        time of a run; the others have fidelity and retrieval, and no answer where one is generated. Default: all.
     on_row : callable, optional
         Called after every (item, system), for progress.
     """
@@ -50,6 +55,8 @@ class Runner:
     budget_of: str | None = None
     hardware: str = ""
     timing: bool = True
+    prefill_model: Any = None
+    answers: Collection[str] | None = None
     on_row: Callable[[], None] | None = None
 
     def run(self, task: Task, length: int, items: Sequence[Item]) -> None:
@@ -64,6 +71,7 @@ class Runner:
         """
         done = self.results.done()
         for _, group in groupby(items, key=lambda item: item.document):
+            group = list(group)
             work = [
                 (item, [s for s in self.systems if (self.name, task.name, length, s.name, item.id) not in done])
                 for item in group
@@ -73,27 +81,27 @@ class Runner:
                     self._advance(item)
             work = [(item, missing) for item, missing in work if missing]
             if work:
-                self._document(task, length, work)
+                self._document(task, length, work, group[0])
 
     def _advance(self, item: Item) -> None:
         if self.on_row is not None:
             self.on_row()
 
-    def _document(self, task: Task, length: int, work: list[tuple[Item, list[System]]]) -> None:
+    def _document(self, task: Task, length: int, work: list[tuple[Item, list[System]]], first: Item) -> None:
+        # Times and recovery ratios, which cost a dense pass a layer, are taken on a document's first item.
         text = work[0][0].context
         encoded = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
         ids = encoded.input_ids
         # The last token is fed with the question: a prompt without one needs a token to ask with.
         filled = torch.tensor([ids[:-1]], device=self.model.device)
         ratio = max((system.sample_ratio for system in self.systems), default=0.0)
-        context = Context(self.model, filled, self.window, ratio)
+        context = Context(self.model, filled, self.window, ratio, prefill_model=self.prefill_model)
         full = Reader(self.model, System("full").cache(context))
-        timed: set[str] = set()
         for item, systems in work:
             question = ids[-1:] + self.tokenizer(item.question, add_special_tokens=False).input_ids
             watch = torch.tensor(token_spans(encoded.offset_mapping, item.spans), dtype=torch.int64)
             watch = watch[watch < len(ids) - 1]
-            self._item(task, length, item, systems, context, full, question, watch, timed)
+            self._item(task, length, item, systems, context, full, question, watch, item is first)
 
     def _item(
         self,
@@ -105,7 +113,7 @@ class Runner:
         full: Reader,
         question: list[int],
         watch: torch.Tensor,
-        timed: set[str],
+        measured: bool,
     ) -> None:
         decoder = Decoder(self.tokenizer, task)
         *head, last = question
@@ -124,8 +132,12 @@ class Runner:
             else:
                 reader = Reader(self.model, system.cache(context))
                 reader.read(head)
-                reader.observe(watch)
-                answer, observed = self._verified(reader, decoder, item, last, reference, watch, tokens)
+                reader.observe(watch, recovery=measured)
+                complete = self.answers is None or system.name in self.answers
+                answer, observed = self._verified(reader, decoder, item, last, reference, watch, tokens, complete)
+                agreement = fidelity(answer, reference)
+                if not complete and task.kind == "generate":
+                    answer.output = None  # not even where it is known: those that agree would be a biased choice
             row = {
                 "model": self.name,
                 "task": task.name,
@@ -134,18 +146,17 @@ class Runner:
                 "item": item.id,
                 "document": item.document,
                 "labels": item.labels,
-                "answer": answer.output.text,
-                "metrics": task.score(item, answer.output),
+                "answer": None if answer.output is None else answer.output.text,
+                "metrics": {} if answer.output is None else task.score(item, answer.output),
                 **observed,
-                **({} if system.name == "full" else {"fidelity": fidelity(answer, reference)}),
+                **({} if system.name == "full" else {"fidelity": agreement}),
                 **footprint(reader.cache),
                 **system.labels,
                 "hardware": self.hardware,
             }
-            if answer.output.logprobs:
+            if answer.output is not None and answer.output.logprobs:
                 row["logprobs"] = list(answer.output.logprobs)
-            if self.timing and system.name not in timed:
-                timed.add(system.name)
+            if self.timing and measured:
                 row["seconds_per_token"] = reader.seconds_per_token(last)
             self.results.add(row)
             if system.name == self.budget_of:
@@ -155,7 +166,14 @@ class Runner:
 
     @staticmethod
     def _verified(
-        reader: Reader, decoder: Decoder, item: Item, last: int, reference: Answer, watch: torch.Tensor, tokens: int
+        reader: Reader,
+        decoder: Decoder,
+        item: Item,
+        last: int,
+        reference: Answer,
+        watch: torch.Tensor,
+        tokens: int,
+        complete: bool,
     ) -> tuple[Answer, dict[str, Any]]:
         observed: dict[str, Any] = {}
 
@@ -163,7 +181,7 @@ class Runner:
             observed.update(retrieval(reader.cache, bool(watch.numel()), tokens))
             reader.stop_observing()
 
-        return verify(reader, decoder, item, last, reference, on_scored), observed
+        return verify(reader, decoder, item, last, reference, on_scored, complete), observed
 
     @staticmethod
     def _spent(row: dict[str, Any]) -> tuple[float, float]:
