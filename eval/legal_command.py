@@ -262,12 +262,15 @@ def run_items(
             runner.run(task, length, items)
 
 
-def _run_peers(name: str, work: list[tuple[Task, int, list[Item]]], systems: list[str], results: Results) -> None:
-    from eval.peers.kvpress import PeerUnavailable, run_kvpress
+def _run_peers(
+    name: str, work: list[tuple[Task, int, list[Item]]], systems: list[str], results: Results, device: str
+) -> None:
+    from eval.peers.kvpress import KVPressSettings, PeerUnavailable, run_kvpress
 
+    settings = KVPressSettings(device=device, dtype="float32" if device == "cpu" else "bfloat16")
     for task, length, items in work:
         try:
-            run_kvpress(items, task, name, length, systems, results)
+            run_kvpress(items, task, name, length, systems, results, settings)
         except PeerUnavailable as error:
             for system in systems:
                 results.skip(
