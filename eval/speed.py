@@ -27,6 +27,12 @@ from eval.report import markdown, write_csv
 from eval.synthetic import synthetic_layer
 
 app = typer.Typer(no_args_is_help=True, help="Speed, against the baseline of the same run.")
+try:
+    from eval.speed_kernel import kernel
+except ImportError:  # no Triton on this system
+    pass
+else:
+    app.command()(kernel)
 
 
 @app.callback()

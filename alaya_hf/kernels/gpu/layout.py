@@ -12,8 +12,8 @@ With ``J = padded head_dim / 8``, ``lane = 4 * gid + tig``, and ``fields = 8 / b
 * key of token ``8 * nt + gid``, channel ``8 * j + 2 * tig + e``: word ``(nt, lane, j // (2 * fields))``, halfword `e`, byte
   ``j // fields % 2``, field ``j % fields``. Steps and zeros: half ``(j // 4, tig, j % 4, e)``. The step is stored divided by
   ``2**(bits * field)``: a field is masked where it stands.
-* value of token ``16 * ks + 8 * byte + 2 * tig + e``, channel ``8 * i + gid``: word ``(ks, lane, i // fields)``, halfword `e`, that
-  byte, field ``i % fields``. Steps and zeros of channel group `c`: half ``(ks, tig, c, byte, e)``.
+* value of token ``16 * ks + 8 * byte + 2 * tig + e``, channel ``8 * i + gid``: word ``(ks, lane, i // fields)``, halfword `e`,
+  that byte, field ``i % fields``. Steps and zeros of channel group `c`: half ``(ks, tig, c, byte, e)``.
 * mean of block `b` (of 2), channel `c`: half ``(c, b)``.
 """
 

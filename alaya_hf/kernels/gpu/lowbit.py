@@ -23,7 +23,7 @@ def splits(kv_rows: int, layout: Layout, device: torch.device) -> int:
 
 
 @triton.jit
-def _lowbit(
+def _lowbit(  # type: ignore[no-untyped-def]
     words, halves, q_ptr, lengths, best, tile_max, scores, acc_ptr, ml, capacity, partials, slot0, factor, beta,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP2: tl.constexpr,
     PADDED: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_WORDS: tl.constexpr,
@@ -47,7 +47,8 @@ def _lowbit(
     m = tl.full([GP], float("-inf"), tl.float32)
     weight = tl.zeros([GP], tl.float32)
     acc = tl.zeros([GP, DP2], tl.float32)
-    for tile in range(first, last):
+    tile = first
+    while tile < last:  # not range(): Triton's interpreter takes no tensor there
         at = (bh * capacity + tile) * RECORD
         k = load_keys(words, halves, at, t[:, None], c[None, :], real, PADDED, KEY_BITS, KEY_WORDS, KEY_PARAMS)
         s = tl.dot(q, tl.trans(k.to(tl.float16)))
@@ -65,6 +66,7 @@ def _lowbit(
         acc = acc * old[:, None] + tl.dot(p.to(tl.float16), v.to(tl.float16))
         weight = weight * old + tl.sum(p, 1)
         m = higher
+        tile += 1
     tl.atomic_max(best + row, m, mask=heads & (m > float("-inf")))
     place = row * partials + slot0 + split
     tl.store(acc_ptr + place[:, None] * D + c[None, :], acc, mask=heads[:, None] & (c < D)[None, :])

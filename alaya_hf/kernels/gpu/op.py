@@ -38,11 +38,11 @@ def check(tensor: Tensor, name: str, shape: Sequence[int | None], *dtypes: torch
     fits = tensor.dim() == len(shape) and all(
         want is None or have == want for have, want in zip(tensor.shape, shape, strict=True)
     )
-    if not fits or (dtypes and tensor.dtype not in dtypes):
+    if not fits or (dtypes and tensor.dtype not in dtypes) or not tensor.is_contiguous():
         wanted = ", ".join("any" if size is None else str(size) for size in shape)
         raise ValueError(
-            f"expected {name} of shape [{wanted}]{' and dtype ' + ' or '.join(map(str, dtypes)) if dtypes else ''}, "
-            f"got {list(tensor.shape)} {tensor.dtype}"
+            f"expected contiguous {name} of shape [{wanted}]{' and dtype ' + ' or '.join(map(str, dtypes)) if dtypes else ''}, "
+            f"got {list(tensor.shape)} {tensor.dtype} with strides {list(tensor.stride())}"
         )
 
 

@@ -13,7 +13,7 @@ from alaya_hf.kernels.gpu.unpack import constants
 
 
 @triton.jit
-def _quantise(
+def _quantise(  # type: ignore[no-untyped-def]
     k_ptr, v_ptr, words, halves, first_tile, counts, total, low,
     k_b, k_h, k_t, v_b, v_h, v_t, capacity, init, local, ring,
     H: tl.constexpr, D: tl.constexpr, DP2: tl.constexpr, RING: tl.constexpr, KW2: tl.constexpr, VW2: tl.constexpr,

@@ -39,7 +39,7 @@ def load_keys(words, halves, at, t, c, mask, PADDED, KEY_BITS: tl.constexpr, KEY
 
 
 @triton.jit
-def load_values(
+def load_values(  # type: ignore[no-untyped-def]
     words, halves, at, t, c, mask, PADDED: tl.constexpr, VALUE_BITS: tl.constexpr, VALUE_WORDS, VALUES, VALUE_PARAMS
 ):  # type: ignore[no-untyped-def]
     """Values, or their means, likewise."""

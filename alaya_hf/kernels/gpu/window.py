@@ -19,7 +19,7 @@ def splits(slots: int) -> int:
 
 
 @triton.jit
-def _window(
+def _window(  # type: ignore[no-untyped-def]
     q_ptr, k_new, v_new, win_k, win_v, store, total, low, best, acc, ml,
     slots, ring, init, store_capacity, partials, slot0, factor,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP2: tl.constexpr, BLOCK: tl.constexpr,
@@ -44,12 +44,15 @@ def _window(
     inside = valid[:, None] & (c < D)[None, :]
     k = tl.load(win_k + at, mask=inside, other=0.0)
     v = tl.load(win_v + at, mask=inside, other=0.0)
-    s = tl.dot(q, tl.trans(k), input_precision="ieee")
+    # tf32 holds bfloat16 and float16 exactly.
+    q = q.to(tl.float32)
+    v = v.to(tl.float32)
+    s = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision="tf32")
     s = tl.where(valid[None, :], s, float("-inf"))
     top = tl.max(s, 1)
     kn = tl.load(k_new + bh * D + c, mask=c < D, other=0.0)
     vn = tl.load(v_new + bh * D + c, mask=c < D, other=0.0)
-    s_new = tl.sum(q.to(tl.float32) * kn.to(tl.float32)[None, :], 1)
+    s_new = tl.sum(q * kn.to(tl.float32)[None, :], 1)
     if split != 0:
         s_new = tl.full([GP], float("-inf"), tl.float32)
     top = tl.maximum(top, s_new)
@@ -58,7 +61,7 @@ def _window(
     p = tl.exp2((s - some[:, None]) * factor)
     p_new = tl.exp2((s_new - some) * factor)
     weight = tl.sum(p, 1) + p_new
-    out = tl.dot(p.to(v.dtype), v, input_precision="ieee") + p_new[:, None] * vn.to(tl.float32)[None, :]
+    out = tl.dot(p, v, input_precision="tf32") + p_new[:, None] * vn.to(tl.float32)[None, :]
     row = (bh * G + g) * partials + slot0 + split
     tl.store(acc + row[:, None] * D + c[None, :], out, mask=(g < G)[:, None] & (c < D)[None, :])
     tl.store(ml + row * 2, top * factor, mask=g < G)
@@ -103,7 +106,13 @@ def window_attention(
     """
     batch, heads, slots, d = window_k.shape
     group = q.shape[1] // heads
+    check(q, "q", (batch, heads * group, d))
     check(k, "k", (batch, heads, d))
+    check(v, "v", (batch, heads, d))
+    check(window_k, "window_k", (batch, heads, slots, d))
+    check(window_v, "window_v", (batch, heads, slots, d))
+    if store is not None:
+        check(store, "store", (batch, heads, None, 2, d))
     check(acc, "acc", (batch, heads, group, None, d), torch.float32)
     _window[(splits(slots), batch * heads)](
         q, k, v, window_k, window_v, window_k if store is None else store, total, low, best, acc, ml,

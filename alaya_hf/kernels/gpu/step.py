@@ -1,0 +1,139 @@
+"""One layer's decode step on the device: the kernels in order, over buffers that all layers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from alaya_hf.kernels.gpu import cut as cut_
+from alaya_hf.kernels.gpu import gather, lowbit, merge, quantise, window
+from alaya_hf.kernels.gpu.layout import TILE, Layout
+from alaya_hf.kernels.gpu.op import next_power_of_2
+
+
+@dataclass
+class Workspace:
+    """Buffers of a step; one set serves all layers of a device that run one after the other.
+
+    Parameters
+    ----------
+    batch, kv_heads, group : int
+    layout : Layout
+    tokens : int
+        Capacity of the low-bit copy, a multiple of 64.
+    slots : int
+        Of the window.
+    cap : int
+        Most exact tokens per query head.
+    device : torch.device
+    dtype : torch.dtype
+        Of the output.
+    """
+
+    batch: int
+    kv_heads: int
+    group: int
+    layout: Layout
+    tokens: int
+    slots: int
+    cap: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        if self.tokens % TILE:
+            raise ValueError(f"expected room for a multiple of {TILE} tokens, got {self.tokens}")
+        rows, device = (self.batch, self.kv_heads, self.group), self.device
+        self.window_parts = window.splits(self.slots)
+        self.parts = lowbit.splits(self.batch * self.kv_heads, self.layout, device)
+        self.gather_parts = gather.splits(self.group, self.cap)
+        partials = self.window_parts + self.parts + self.gather_parts
+
+        def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(*shape, dtype=dtype, device=device)
+
+        self.best = torch.full(rows, float("-inf"), device=device)
+        self.tile_max = make(*rows, self.tokens // TILE, dtype=torch.float16)
+        self.scores = make(*rows, self.tokens, dtype=torch.float16)
+        self.acc = make(*rows, partials, self.layout.head_dim)
+        self.ml = make(*rows, partials, 2)
+        self.ids = make(*rows, self.cap, dtype=torch.int32)
+        self.counts = make(*rows, dtype=torch.int32)
+        self.thresholds = make(*rows)
+        self.limits = make(*rows, dtype=torch.int32)
+        self.chosen = make(*rows, next_power_of_2(self.cap), dtype=torch.int32)
+        self.fetched = make(self.batch, self.kv_heads, max(1, self.gather_parts), dtype=torch.int32)
+        self.out = make(self.batch, self.kv_heads * self.group, self.layout.head_dim, dtype=self.dtype)
+        self.lse = make(self.batch, self.kv_heads * self.group)
+        self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the device."""
+        tensors = [x for x in vars(self).values() if isinstance(x, Tensor)]
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def decode_step(
+    work: Workspace, q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor, records: Tensor,
+    total: Tensor, low: Tensor, init: int, local: int, scaling: float, beta: float, ratio: float = 1.0, union: bool = True,
+) -> Tensor:  # fmt: skip
+    """Append a token and attend: window exactly, selected tokens exactly, all others from the low-bit copy.
+
+    No host synchronisation and no allocation: capturable in a CUDA graph. After the last layer of a step, call
+    :func:`~alaya_hf.kernels.gpu.window.advance` once.
+
+    Parameters
+    ----------
+    work : Workspace
+    q : Tensor ``[batch, heads, head_dim]``
+    k, v : Tensor ``[batch, kv_heads, head_dim]``
+    window_k, window_v, store, total, low, init : see :func:`~alaya_hf.kernels.gpu.window.window_attention`
+    records : Tensor ``[batch, kv_heads, tiles, record / 4]`` int32
+    local : int
+        Recent tokens that the window keeps at least.
+    beta, ratio : float
+        See :func:`~alaya_hf.kernels.gpu.cut.cut`.
+    union : bool
+        See :func:`~alaya_hf.kernels.gpu.gather.gather_attention`.
+
+    Returns
+    -------
+    Tensor ``[batch, heads, head_dim]``
+        ``work.out``: overwritten by the next layer's step.
+    """
+    layout = work.layout
+    bits = (layout.key_bits, layout.value_bits)
+    after_window = work.window_parts + work.parts
+
+    def at_the_window() -> None:
+        window.window_attention(
+            q, k, v, window_k, window_v, store, total, low, work.best, work.acc, work.ml, 0, init, scaling
+        )
+        quantise.extend_lowbit(window_k, window_v, records, total, low, init, local, *bits)
+
+    # A record that is extended now is read from the next step on: window and pass do not touch each other.
+    if work.side is None:
+        at_the_window()
+    else:
+        work.side.wait_stream(torch.cuda.current_stream(q.device))
+        with torch.cuda.stream(work.side):
+            at_the_window()
+    lowbit.lowbit_pass(
+        records, q, low, work.best, work.tile_max, work.scores, work.acc, work.ml, work.window_parts, work.parts, scaling,
+        beta if ratio == 1 else float("inf"), *bits,
+    )  # fmt: skip
+    if work.side is not None:
+        torch.cuda.current_stream(q.device).wait_stream(work.side)
+    cut_.cut(
+        work.tile_max, work.scores, work.best, work.ml, low, work.ids, work.counts, work.thresholds, work.limits, work.chosen,
+        work.window_parts, work.parts, scaling, beta, ratio,
+    )  # fmt: skip
+    gather.gather_attention(
+        store, q, work.ids, work.counts, work.thresholds, work.limits, work.scores, records, work.acc, work.ml, work.fetched,
+        after_window, scaling, *bits, union, True,
+    )  # fmt: skip
+    merge.merge_partials(work.acc, work.ml, work.out, work.lse, work.best)
+    return work.out
