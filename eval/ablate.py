@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +13,10 @@ import yaml
 
 from alaya_hf import AlayaConfig
 from alaya_hf.errors import AlayaError
-from eval.environment import hardware, versions
 from eval.legal import TASKS, Source
 from eval.legal.sources import DataError
 from eval.legal.text import load_tokenizer
-from eval.legal_command import build_items, check_lengths, commit, run_items, shard_of
+from eval.legal_command import build_items, check_lengths, open_results, run_items, shard_of
 from eval.models import load
 from eval.running.store import Results, config_hash
 from eval.systems import System
@@ -114,12 +112,7 @@ def ablate(
         raise typer.BadParameter(str(error)) from error
     rank, count = shard_of(shard)
     folder = output or Path("results") / f"ablate-{config.stem}-{config_hash(ablation)}"
-    results = Results(folder, rank if count > 1 else None)
-    where = hardware()
-    results.begin(
-        {"command": "python -m eval " + " ".join(sys.argv[1:]), "config": ablation, **versions(), "commit": commit(),
-         "hardware": where, "seed": ablation["seed"]}
-    )  # fmt: skip
+    results = open_results(folder, rank, count, ablation, ablation["seed"])
     name, lengths = ablation["model"], ablation["lengths"]
     try:
         tokenizer = load_tokenizer(name)
@@ -134,7 +127,7 @@ def ablate(
     network, tokenizer = load(name, device)
     check_lengths(lengths, network.config, name)
     init, local = ablation["window"]
-    run_items(network, tokenizer, name, work, systems, results, (init, local), "", where, rank, count)
+    run_items(network, tokenizer, name, work, systems, results, (init, local), "", rank, count)
     if rank == 0:
         write_tidy(results, folder / "tidy.csv")
     typer.echo(f"results: {folder}\nreport:  python -m eval report {folder}")

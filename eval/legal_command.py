@@ -20,7 +20,7 @@ from eval.legal.sources import DataError, MissingData
 from eval.legal.text import load_tokenizer
 from eval.models import load
 from eval.running.run import Runner
-from eval.running.store import Results, config_hash
+from eval.running.store import Results, ResultsError, config_hash
 from eval.systems import DEFAULT, PEERS, System, SystemUnavailable
 
 
@@ -67,6 +67,24 @@ def take_shard(work: list[tuple[Task, int, list[Item]]], rank: int, count: int) 
     return mine
 
 
+def open_results(folder: Path, rank: int, count: int, config: dict[str, Any], seed: int) -> Results:
+    """The folder, with what this run is noted in it.
+
+    Raises
+    ------
+    typer.BadParameter
+        If it holds results of another configuration.
+    """
+    results = Results(folder, rank if count > 1 else None)
+    command = "python -m eval " + " ".join(sys.argv[1:])
+    about = {"commit": commit(), "hardware": hardware(), "seed": seed}
+    try:
+        results.begin({"command": command, "config": config, **versions(), **about})
+    except ResultsError as error:
+        raise typer.BadParameter(str(error)) from error
+    return results
+
+
 def choose_systems(
     names: list[str], window: tuple[int, int], budget_of: str, device: str
 ) -> tuple[list[System], list[str], dict[str, str]]:
@@ -108,7 +126,7 @@ def build_items(
             except MissingData as error:
                 missing.append((task, length, str(error)))
                 continue
-            if chat:
+            if chat and task.kind != "continuation":  # text that goes on is no answer to anybody
                 items = [with_chat(item, tokenizer) for item in items]
             # Items of one document come together, so that its prefill is shared.
             order = {item.document: place for place, item in reversed(list(enumerate(items)))}
@@ -189,12 +207,7 @@ def legal(
     folder = (
         output or Path("results") / f"legal-{'-'.join(Path(name).name for name in _names(model))}-{config_hash(config)}"
     )
-    results = Results(folder, rank if count > 1 else None)
-    where = hardware()
-    results.begin(
-        {"command": "python -m eval " + " ".join(sys.argv[1:]), "config": config, **versions(), "commit": commit(),
-         "hardware": where, "seed": seed}
-    )  # fmt: skip
+    results = open_results(folder, rank, count, config, seed)
     source = Source(data_dir)
     for name in _names(model):
         try:
@@ -206,9 +219,7 @@ def legal(
         check_lengths(sizes, network.config, name)
         if rank == 0:
             _note_skipped(results, name, chosen, sizes, missing, unavailable)
-        run_items(
-            network, tokenizer, name, work, running, results, (init, local), match, where, rank, count, timing, prefill
-        )
+        run_items(network, tokenizer, name, work, running, results, (init, local), match, rank, count, timing, prefill)
         if peers and foreign and rank == 0:
             _run_peers(name, work, foreign, results)
     typer.echo(f"results: {folder}\nreport:  python -m eval report {folder}")
@@ -239,7 +250,6 @@ def run_items(
     results: Results,
     window: tuple[int, int],
     match: str,
-    where: str,
     rank: int,
     count: int,
     timing: bool = True,
@@ -254,7 +264,7 @@ def run_items(
     with Progress(*columns, disable=rank != 0) as progress:
         bar = progress.add_task("legal", total=sum(len(items) for *_, items in work) * len(systems))
         runner = Runner(
-            network, tokenizer, name, systems, results, window, match or None, where, timing, prefill_model, answers,
+            network, tokenizer, name, systems, results, window, match or None, hardware(), timing, prefill_model, answers,
             on_row=lambda: progress.advance(bar),
         )  # fmt: skip
         for task, length, items in work:

@@ -1,0 +1,146 @@
+"""The commands of the evaluation, from the command line to the report, on a small random model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("datasets", reason="the evaluation needs the extra 'eval'")
+
+from dataclasses import replace
+
+from typer.testing import CliRunner
+
+import eval.ablate
+import eval.legal_command
+from eval.__main__ import app
+from eval.legal.sources import DataError, MissingData
+from tests.test_running import TASK, items, model, tokenizer  # noqa: F401  (the fixtures)
+
+FIXED = ["--window", "4,16", "--no-peers", "--no-timing", "--lengths", "220"]
+
+
+@pytest.fixture
+def run(monkeypatch, model, tokenizer, tmp_path):  # noqa: F811
+    """Runs a command; ``run.loaded`` counts loaded models."""
+
+    def missing(*_, **__):
+        raise MissingData("no such set in the folder. Put it there.")
+
+    def broken(*_, **__):
+        raise DataError("cuad.jsonl.gz, line 3 has no 'text'. Download the file again.")
+
+    tasks = {
+        "words": replace(TASK, build=lambda *_, items=60, **__: everything()[:items]),
+        "absent": replace(TASK, name="absent", build=missing),
+        "broken": replace(TASK, name="broken", build=broken),
+    }
+
+    def everything():
+        return items(2, 2)
+
+    def load(name, device="cpu"):
+        call.loaded += 1
+        return model, tokenizer
+
+    for module in (eval.legal_command, eval.ablate):
+        monkeypatch.setattr(module, "TASKS", tasks)
+        monkeypatch.setattr(module, "load", load)
+        monkeypatch.setattr(module, "load_tokenizer", lambda name: tokenizer)
+
+    def call(*arguments):
+        result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "400", "TERM": "dumb"})
+        call.text = " ".join(result.output.split())
+        return result
+
+    call.loaded, call.folder = 0, tmp_path / "results"
+    return call
+
+
+def rows(folder):
+    return [json.loads(line) for path in sorted(folder.glob("rows*.jsonl")) for line in path.open()]
+
+
+def test_from_the_command_to_the_report(run):
+    arguments = ["legal", *FIXED, "--tasks", "words,absent", "--systems", "full,offloaded,alaya,topk", "--items", 4]
+    result = run(*arguments, "--output", run.folder)
+    assert result.exit_code == 0, result.output
+    found = rows(run.folder)
+    assert sorted({(row["system"], row["item"]) for row in found}) == sorted(
+        (system, item.id) for system in ("full", "alaya", "topk") for item in items(2, 2)
+    )
+    skipped = [json.loads(line) for line in (run.folder / "skipped.jsonl").open()]
+    assert {(row["system"], row["task"]) for row in skipped} == {
+        ("*", "absent"), ("offloaded", "words"), ("offloaded", "absent"),
+    }  # fmt: skip
+    made = json.loads((run.folder / "run.json").read_text())
+    assert made["config"]["window"] == [4, 16] and made["versions"]["transformers"] and made["hardware"]
+
+    # Again: nothing to do. Two shards with one more system: only that one's rows.
+    assert run(*arguments, "--output", run.folder).exit_code == 0
+    assert len(rows(run.folder)) == len(found)
+    more = [argument if argument != "full,offloaded,alaya,topk" else "alaya,quest" for argument in arguments]
+    for shard in ("0/2", "1/2"):
+        assert run(*more, "--output", run.folder, "--shard", shard).exit_code == 0
+    assert len(rows(run.folder)) == len(found) + 4
+
+    pytest.importorskip("jinja2")
+    assert run("report", run.folder).exit_code == 0, run.text
+    page = (run.folder / "report.html").read_text()
+    assert "quest" in page and "offloads from a GPU" in page
+
+
+def test_a_folder_keeps_its_configuration(run):
+    arguments = ["legal", *FIXED, "--tasks", "words", "--systems", "full", "--items", 1, "--output", run.folder]
+    assert run(*arguments).exit_code == 0
+    result = run(*arguments, "--seed", 5)
+    assert result.exit_code == 2 and "another configuration: seed differ(s)" in run.text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--tasks", "wordz"], "unknown task"),
+        (["--systems", "alaya,alya"], "unknown system 'alya'"),
+        (["--systems", "full,topk"], "has to be among --systems"),
+        (["--shard", "4/4"], "0 <= RANK < COUNT"),
+        (["--lengths", "4096"], "takes 2048 tokens, but --lengths asks for 4096"),
+        (["--tasks", "broken"], "line 3 has no 'text'"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_what_cannot_be_run_is_refused(run, arguments, message):
+    base = {"--tasks": "words", "--systems": "full,alaya", "--window": "4,16", "--output": str(run.folder)}
+    base |= dict(zip(arguments[::2], arguments[1::2], strict=True))
+    result = run("legal", "--no-peers", *(part for pair in base.items() for part in pair))
+    assert result.exit_code == 2 and message in run.text.replace(" │ │ ", " "), result.output
+    assert not list(run.folder.glob("rows*")) and run.loaded <= ("--lengths" in arguments)
+
+
+def test_an_ablation_from_its_file(run, tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(
+        "tasks: [words]\nlengths: [220]\nitems: 2\nwindow: [4, 16]\nsweep: {query.beta: [5, 50], index: [flat, quantized]}\n"
+    )
+    assert run("ablate", path, "--output", run.folder).exit_code == 0, run.text
+    assert len(rows(run.folder)) == 8
+    lines = (run.folder / "tidy.csv").read_text().splitlines()
+    assert any(",1,evidence_recall," in line for line in lines) and any(",whole,kl," in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("tasks: [words]\nsweep: {query.betta: [1]}", "betta"),
+        ("sweep: {query.beta: 5}", "lists of values"),
+        ("swep: {}", "unknown keys ['swep']"),
+        ("tasks: [nothing]\nsweep: {query.beta: [5]}", "unknown tasks"),
+    ],
+)
+def test_a_wrong_ablation_is_refused(run, tmp_path, text, message):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(text)
+    result = run("ablate", path, "--output", run.folder)
+    assert result.exit_code == 2 and message in run.text, result.output
+    assert run.loaded == 0
