@@ -17,7 +17,7 @@ from alaya_hf.errors import ConfigError
 queries = st.one_of(
     st.just(Full()),
     st.builds(TopK, st.integers(0, 10_000)),
-    st.builds(DIPR, alpha=st.floats(0, 1)),
+    st.builds(DIPR, alpha=st.floats(0, 1), cap=st.none() | st.integers(1, 1000)),
     st.builds(DIPR, beta=st.one_of(st.floats(0, 1e6), st.just(math.inf), st.integers(0, 100))),
 )
 windows = st.builds(WindowConfig, init=st.integers(0, 500), local=st.integers(1, 5000), overflow=st.integers(0, 500))
@@ -181,4 +181,5 @@ def test_dipr_ranges() -> None:
     """beta is in units of scores: -ln(alpha) / scaling."""
     assert DIPR(alpha=0.5).range(0.25) == pytest.approx(math.log(2) * 4)
     assert DIPR(beta=3).range(0.25) == 3 and DIPR(alpha=1.0).range(0.1) == 0
+    assert not DIPR(alpha=0, cap=3).keeps_all
     assert DIPR(alpha=0).keeps_all and DIPR(beta=math.inf).keeps_all and not DIPR().keeps_all

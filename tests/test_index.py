@@ -89,6 +89,22 @@ def test_quantized_recall_and_no_false_hits(query, index, least):
     assert found / wanted >= least
 
 
+@pytest.mark.parametrize("index", [Flat(), Quantized(8), Quantized(4), Sign(), Graph(degree=12)], ids=str)
+def test_a_cap_keeps_the_best_of_the_range(index):
+    capped = 0
+    for seed in range(4):
+        segment, q = segment_of(1500, seed), queries(seed)
+        scores = exact(segment, q, 1500)
+        whole = dense(search(segment, index, DIPR(alpha=0.001), q), 1500)
+        best = dense(search(segment, index, DIPR(alpha=0.001, cap=6), q), 1500)
+        assert (best.sum(-1) <= 6).all() and (best.sum(-1) == whole.sum(-1).clamp(max=6)).float().mean() > 0.8
+        if isinstance(index, (Flat, Graph)):
+            left = scores.masked_fill(~whole | best, -1e9).amax(-1)
+            assert not (best & ~whole).any() and (scores.masked_fill(~best, 1e9).amin(-1) >= left).all()
+        capped += int((whole.sum(-1) > 6).sum())
+    assert capped  # otherwise the cap was never reached
+
+
 def test_recovery_keeps_its_share():
     segment, q = segment_of(2000), queries()
     mass = (exact(segment, q, 2000) * SCALING).softmax(-1)

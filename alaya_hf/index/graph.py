@@ -124,7 +124,7 @@ class GraphSearcher(Searcher):
             beta = query.range(scaling)
             found = self._graph.search(q, store, beta * self.index.slack, best, limit)
             hits = _united(found.ids, found.offsets, found.scores, kv_heads, group, n, int(found.touched.sum()))
-            return hits if self.index.slack == 1 else hits.cut(query, best, scaling, window_lse)
+            return hits if self.index.slack == 1 and query.cap is None else hits.cut(query, best, scaling, window_lse)
         assert isinstance(query, TopK)
         k = min(query.k, n)
         ids, scores, touched = self._graph.search_topk(q, store, k, max(k, self.index.ef), limit)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from alaya_hf.errors import ConfigError
-from alaya_hf.kernels.cpu.select import row_max
+from alaya_hf.kernels.cpu.select import kth_largest, row_max
 from alaya_hf.query.base import Query
 from alaya_hf.registry import QUERIES
 
@@ -29,14 +29,19 @@ class DIPR(Query):
         The default is 0.012, which is ``beta = 50`` at head dimension 128, the paper's setting. 0 keeps everything.
     beta : float, optional
         The range in units of scores, at least 0; ``inf`` keeps everything. Takes the place of ``alpha``.
+    cap : int, optional
+        Most offloaded tokens per query head, the ones with the highest scores (and those that tie with the last). Heads whose
+        attention is spread wide, the first layer's above all, otherwise hold thousands of tokens within the range. The
+        default is no cap, as in the paper.
 
     Notes
     -----
-    AlayaDB (arXiv 2504.10326), section 6.1, definition 3.
+    AlayaDB (arXiv 2504.10326), section 6.1, definition 3; the cap is ours.
     """
 
     alpha: float | None = None
     beta: float | None = None
+    cap: int | None = None
 
     def __post_init__(self) -> None:
         if self.alpha is not None and self.beta is not None:
@@ -50,6 +55,8 @@ class DIPR(Query):
             if not 0 <= alpha <= 1:
                 raise ConfigError(f"query.alpha must be in [0, 1], but got {self.alpha!r}.")
             object.__setattr__(self, "alpha", alpha)
+        if self.cap is not None and (isinstance(self.cap, bool) or not isinstance(self.cap, int) or self.cap < 1):
+            raise ConfigError(f"query.cap must be an integer of at least 1, or none, but got {self.cap!r}.")
 
     def range(self, scaling: float) -> float:
         """``beta`` in units of scores for this ``scaling``."""
@@ -60,11 +67,15 @@ class DIPR(Query):
 
     @property
     def keeps_all(self) -> bool:
-        """Whether the range is infinite."""
-        return self.beta == math.inf or self.alpha == 0
+        """Whether the range is infinite and nothing caps it."""
+        return (self.beta == math.inf or self.alpha == 0) and self.cap is None
 
     def threshold(self, scores: Tensor, best: Tensor, scaling: float, window_lse: Tensor) -> Tensor:
-        """The best score minus ``beta``, see :meth:`Query.threshold`."""
+        """The best score minus ``beta``, or the ``cap``-th highest score; see :meth:`Query.threshold`."""
         if scores.shape[-1]:
-            best = torch.maximum(best, row_max(scores.contiguous()))
-        return best - self.range(scaling)
+            scores = scores.contiguous()
+            best = torch.maximum(best, row_max(scores))
+        threshold = best - self.range(scaling)
+        if self.cap is None or scores.shape[-1] <= self.cap:
+            return threshold
+        return torch.maximum(threshold, kth_largest(scores, self.cap))
