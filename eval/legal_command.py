@@ -219,7 +219,10 @@ def legal(
         check_lengths(sizes, network.config, name)
         if rank == 0:
             _note_skipped(results, name, chosen, sizes, missing, unavailable)
-        run_items(network, tokenizer, name, work, running, results, (init, local), match, rank, count, timing, prefill)
+        run_items(
+            network, tokenizer, name, work, running, results, (init, local), match, rank, count, timing, prefill,
+            _names(answers) or None,
+        )  # fmt: skip
         if peers and foreign and rank == 0:
             _run_peers(name, work, foreign, results)
     typer.echo(f"results: {folder}\nreport:  python -m eval report {folder}")

@@ -85,6 +85,11 @@ def test_from_the_command_to_the_report(run):
         assert run(*more, "--output", run.folder, "--shard", shard).exit_code == 0
     assert len(rows(run.folder)) == len(found) + 4
 
+    # Without answers, the others' fidelity alone.
+    assert run(*more, "--output", run.folder / "quiet", "--answers", "alaya").exit_code == 0
+    answered = {row["system"]: bool(row["metrics"]) for row in rows(run.folder / "quiet")}
+    assert answered == {"alaya": True, "quest": False}
+
     pytest.importorskip("jinja2")
     assert run("report", run.folder).exit_code == 0, run.text
     page = (run.folder / "report.html").read_text()
