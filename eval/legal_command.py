@@ -224,7 +224,7 @@ def legal(
             _names(answers) or None,
         )  # fmt: skip
         if peers and foreign and rank == 0:
-            _run_peers(name, work, foreign, results)
+            _run_peers(name, work, foreign, results, device)
     typer.echo(f"results: {folder}\nreport:  python -m eval report {folder}")
 
 

@@ -96,6 +96,20 @@ def test_from_the_command_to_the_report(run):
     assert "quest" in page and "offloads from a GPU" in page
 
 
+def test_a_peer_that_cannot_run_is_reported(run, monkeypatch):
+    from eval.peers import kvpress
+
+    def refuse(items, task, model, length, names, results, settings):
+        raise kvpress.PeerUnavailable(f"no environment for {settings.device}")
+
+    monkeypatch.setattr(kvpress, "run_kvpress", refuse)
+    arguments = [argument for argument in FIXED if argument != "--no-peers"]
+    chosen = ["--tasks", "words", "--systems", "full,snapkv", "--items", 1, "--output", run.folder]
+    assert run("legal", *arguments, *chosen).exit_code == 0
+    (skipped,) = [json.loads(line) for line in (run.folder / "skipped.jsonl").open()]
+    assert skipped["system"] == "snapkv" and skipped["reason"] == "no environment for cpu"
+
+
 def test_a_folder_keeps_its_configuration(run):
     arguments = ["legal", *FIXED, "--tasks", "words", "--systems", "full", "--items", 1, "--output", run.folder]
     assert run(*arguments).exit_code == 0
