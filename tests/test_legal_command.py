@@ -99,7 +99,7 @@ def test_from_the_command_to_the_report(run):
 def test_a_peer_that_cannot_run_is_reported(run, monkeypatch):
     from eval.peers import kvpress
 
-    def refuse(items, task, model, length, names, results, settings):
+    def refuse(items, task, name, length, names, results, settings):
         raise kvpress.PeerUnavailable(f"no environment for {settings.device}")
 
     monkeypatch.setattr(kvpress, "run_kvpress", refuse)
