@@ -12,6 +12,9 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from alaya_hf.attention import CacheLength
 from alaya_hf.config import AlayaConfig
+from alaya_hf.device_layer import DeviceLayer
+from alaya_hf.engine.device.plan import check_device
+from alaya_hf.engine.device.shared import DeviceShared
 from alaya_hf.errors import ConfigError, PromptMismatchError, UnsupportedMaskError, UnsupportedModelError
 from alaya_hf.layer import AlayaLayer, ForwardState
 from alaya_hf.patches import enable_once
@@ -40,7 +43,7 @@ class AlayaCache(Cache):
     Raises
     ------
     ConfigError
-        For an unknown preset.
+        For an unknown preset, or for settings that ``engine="device"`` does not serve.
     UnsupportedModelError
         If ``config`` is of a model without rotary multi-head or grouped-query attention.
 
@@ -67,10 +70,12 @@ class AlayaCache(Cache):
                 f"AlayaCache takes an AlayaConfig or the name of a preset, but got {type(settings).__name__}. Pass a model's "
                 "configuration as AlayaCache(config=model.config)."
             )
+        check_device(settings)
         self.settings = settings
         self._probe = probe or probe_recovery
         self._probe_recovery = probe_recovery
         self._forward = ForwardState()
+        self._shared = DeviceShared()
         self._bound = False
         self._token_ids: Tensor | None = None
         self._recording = False
@@ -140,7 +145,8 @@ class AlayaCache(Cache):
         Parameters
         ----------
         settings : AlayaConfig or str, optional
-            The copy's settings. Those with another window or ``store_dtype`` copy the context.
+            The copy's settings. Those with another window or ``store_dtype`` copy the context; layers with
+            ``engine="device"`` always copy it.
         """
         if settings is None:
             return deepcopy(self)
@@ -150,9 +156,14 @@ class AlayaCache(Cache):
         copy._bound, copy._token_ids = self._bound, self._token_ids
         for idx, layer in enumerate(self.layers):
             if isinstance(layer, AlayaLayer):
-                forked = layer.with_config(settings.for_layer(idx))
-                forked.forward = copy._forward
-                forked.probe = copy._new_probe()
+                if isinstance(layer, DeviceLayer) or settings.for_layer(idx).engine == "device":
+                    forked = copy._new_layer(idx)
+                    if layer.is_initialized:
+                        forked.fill(*layer.contents(), layer._valid)
+                else:
+                    forked = layer.with_config(settings.for_layer(idx))
+                    forked.forward = copy._forward
+                    forked.probe = copy._new_probe()
                 copy.layers.append(forked)
             else:
                 copy.layers.append(deepcopy(layer))
@@ -164,7 +175,10 @@ class AlayaCache(Cache):
         return Probe(recovery=self._probe_recovery) if self._probe else None
 
     def _new_layer(self, layer_idx: int) -> AlayaLayer:
-        return AlayaLayer(self.settings.for_layer(layer_idx), layer_idx, self._forward, self._new_probe())
+        config = self.settings.for_layer(layer_idx)
+        if config.engine == "device":
+            return DeviceLayer(config, layer_idx, self._forward, self._new_probe(), self._shared)
+        return AlayaLayer(config, layer_idx, self._forward, self._new_probe())
 
     def bind(self, config: PreTrainedConfig | None) -> None:
         """Take the layer types from a model's configuration, once; called by the mask functions.
@@ -385,7 +399,8 @@ class AlayaCache(Cache):
         Returns
         -------
         dict
-            Always: ``tokens`` (columns cached), ``window_bytes`` and ``lowbit_bytes`` (on the layers' devices),
+            Always: ``tokens`` (columns cached), ``window_bytes`` and ``lowbit_bytes``, ``device_bytes`` (on the layers'
+            devices: the windows; with ``engine="device"`` also low-bit copies and the buffers of a step),
             ``offloaded_bytes`` (host memory, shared contexts once), ``index_bytes``, ``total_bytes`` (what a DynamicCache
             would hold for these layers). With ``probe=True`` also means over decode steps and layers: ``attended``,
             ``retrieved``, ``recovery`` (with ``probe_recovery``), ``seconds_per_step`` (attention of all layers),
@@ -393,13 +408,14 @@ class AlayaCache(Cache):
             (:class:`alaya_hf.probes.StepRecord`).
         """
         layers = self.alaya_layers
+        driven = [layer for layer in layers if isinstance(layer, DeviceLayer)]
         window = sum(layer.window_bytes for layer in layers)
         offloaded = sum(layer.offloaded_bytes for layer in layers)
         stats: dict[str, Any] = {
             "tokens": self.get_seq_length(),
             "window_bytes": window,
             "lowbit_bytes": sum(layer.lowbit_bytes for layer in layers),
-            "device_bytes": window,
+            "device_bytes": window + sum(layer.lowbit_bytes for layer in driven) + self._shared.nbytes,
             "offloaded_bytes": offloaded,
             "index_bytes": sum(layer.index_bytes for layer in layers),
             "total_bytes": sum(
@@ -410,7 +426,8 @@ class AlayaCache(Cache):
                 * layer.dtype.itemsize
                 for layer in layers
                 if layer.window is not None
-            ),
+            )
+            + sum(sum(layer.token_counts()) * layer.token_bytes for layer in driven),
         }
         probed = [layer for layer in layers if layer.probe is not None]
         if not probed:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -15,6 +15,7 @@ from alaya_hf.errors import ConfigError
 from alaya_hf.registry import INDEXES, QUERIES, RESIDUALS
 
 GROUP_MODES = ("union", "per_head")
+ENGINES = ("host", "device")
 STORE_DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -94,6 +95,13 @@ class AlayaConfig:
         Offloaded tokens that a prefill chunk brings to the device at a time.
     store_dtype : {"auto", "float32", "float16", "bfloat16"}
         Precision of the offloaded keys and values; ``"auto"`` keeps the model's.
+    engine : {"host", "device"}
+        Who drives a decode step. ``"host"``: the offloaded part is searched and attended to on the CPU, next to the data.
+        ``"device"``: kernels on a CUDA device do it all and read the exact tokens from pinned host memory, without waiting
+        for the host; needs Triton and a model in bfloat16 or float16, see :class:`alaya_hf.device_layer.DeviceLayer`.
+    max_exact : int
+        With ``engine="device"``: most offloaded tokens per query head and step that get exact attention, highest scores
+        first, up to 512; all others are estimated. ``TopK(k)`` brings its own.
     sample_queries : float, optional
         Query vectors to keep during prefill for building the index, as a share of the number of keys. None: what the
         index asks for. They are dropped once the index is built.
@@ -117,8 +125,13 @@ class AlayaConfig:
     max_sparse_queries: int = 64
     prefill_block: int = 8192
     store_dtype: str = "auto"
+    engine: str = "host"
+    max_exact: int = 256
     sample_queries: float | None = None
     layers: Mapping[int | str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    #: Limit of `max_exact`: what the selection kernel can hold at a time.
+    MAX_EXACT: ClassVar[int] = 512
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -128,10 +141,14 @@ class AlayaConfig:
         set_(self, "window", WindowConfig.build(self.window))
         if self.group_mode not in GROUP_MODES:
             raise ConfigError(f"group_mode must be one of {', '.join(GROUP_MODES)}, but got {self.group_mode!r}.")
+        if self.engine not in ENGINES:
+            raise ConfigError(f"engine must be one of {', '.join(ENGINES)}, but got {self.engine!r}.")
         if self.store_dtype not in STORE_DTYPES:
             raise ConfigError(f"store_dtype must be one of {', '.join(STORE_DTYPES)}, but got {self.store_dtype!r}.")
-        for name, minimum in (("min_context", 0), ("max_sparse_queries", 1), ("prefill_block", 1)):
+        for name, minimum in (("min_context", 0), ("max_sparse_queries", 1), ("prefill_block", 1), ("max_exact", 0)):
             _check_int(name, getattr(self, name), minimum)
+        if self.max_exact > self.MAX_EXACT:
+            raise ConfigError(f"max_exact must be at most {self.MAX_EXACT}, but got {self.max_exact!r}.")
         if self.sample_queries is not None and not 0 <= float(self.sample_queries) <= 1:
             raise ConfigError(f"sample_queries must be in [0, 1] or null, but got {self.sample_queries!r}.")
         if not isinstance(self.dense_layers, (tuple, list)):

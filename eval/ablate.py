@@ -128,6 +128,6 @@ def ablate(
     check_lengths(lengths, network.config, name)
     init, local = ablation["window"]
     run_items(network, tokenizer, name, work, systems, results, (init, local), "", rank, count)
-    if rank == 0:
-        write_tidy(results, folder / "tidy.csv")
+    # Every process, when it is through: the last one finds all rows.
+    write_tidy(results, folder / "tidy.csv")
     typer.echo(f"results: {folder}\nreport:  python -m eval report {folder}")

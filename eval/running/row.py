@@ -6,7 +6,8 @@ from typing import Any
 
 from transformers import Cache, QuantizedCache
 
-from alaya_hf import AlayaCache
+from alaya_hf import AlayaCache, AlayaLayer
+from alaya_hf.device_layer import DeviceLayer
 from eval.running.answer import Answer
 
 
@@ -58,12 +59,20 @@ def retrieval(cache: Cache, has_evidence: bool, context: int) -> dict[str, Any]:
     found = {name: values for name, values in found.items() if all(value is not None for value in values)}
     means = {name: sum(values) / len(values) for name, values in found.items()}
     # Question and answer are in the window as well.
-    means["window"] = sum(layer.window.lengths[0] for layer in cache.alaya_layers) / len(cache.alaya_layers)
+    means["window"] = sum(_window(layer) for layer in cache.alaya_layers) / len(cache.alaya_layers)
     kept = ("retrieved", "evidence_recall", "recovery")
     return {
         "retrieval": means | {"context": context},
         "layers": {name: [round(value, 4) for value in found[name]] for name in kept if name in found},
     }
+
+
+def _window(layer: AlayaLayer) -> int:
+    """Tokens of the first row that are not offloaded."""
+    if isinstance(layer, DeviceLayer):
+        return layer.tokens.counts[0] - layer.tokens.lows[0]
+    assert layer.window is not None
+    return layer.window.lengths[0]
 
 
 def footprint(cache: Cache) -> dict[str, int]:

@@ -1,0 +1,308 @@
+"""One layer's keys and values where the device drives decoding."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from alaya_hf.config import AlayaConfig
+from alaya_hf.engine.device.plan import ADVICE, device_plan
+from alaya_hf.engine.device.shared import DeviceShared
+from alaya_hf.engine.prefill import attend_new
+from alaya_hf.errors import AlayaError, ConfigError, UnsupportedModelError
+from alaya_hf.kernels.gpu.layout import Layout
+from alaya_hf.kernels.partial import Partial
+from alaya_hf.layer import AlayaLayer, ForwardState, _outside_inference_mode
+from alaya_hf.probes import Probe, StepRecord
+
+if TYPE_CHECKING:
+    from alaya_hf.engine.device.tokens import DeviceTokens
+
+
+class DeviceLayer(AlayaLayer):
+    """Keys and values of one attention layer with ``engine="device"``.
+
+    The window and a low-bit copy of all tokens before it lie on the device, every token's exact vectors in pinned host
+    memory. A forward pass of one token is a chain of kernels that never waits for the host. Passes of more tokens are exact:
+    the offloaded tokens come to the device in blocks.
+
+    Parameters
+    ----------
+    config : AlayaConfig
+        Of this layer.
+    layer_idx : int
+        Its number in the model.
+    forward : ForwardState, optional
+        Shared by the layers of one cache.
+    probe : Probe, optional
+        Where to record measurements, without an observer. A step with a probe waits for the device.
+    shared : DeviceShared, optional
+        Buffers and counters of one cache.
+
+    Raises
+    ------
+    ConfigError
+        If the configuration asks for something that the kernels do not do.
+
+    Notes
+    -----
+    Rows share nothing: reordering, selecting or repeating them and copies of the cache copy all of their tokens, in host
+    memory too, and wait for the device. Beam search over a long context is better served by ``engine="host"``.
+    ``window.overflow``, ``residual.skip`` and ``max_sparse_queries`` are not used. The store grows by half when it is full,
+    which waits for the device. Keys and values are checked to be finite when more than one token comes in.
+    """
+
+    def __init__(
+        self,
+        config: AlayaConfig | None = None,
+        layer_idx: int = 0,
+        forward: ForwardState | None = None,
+        probe: Probe | None = None,
+        shared: DeviceShared | None = None,
+    ) -> None:
+        super().__init__(config, layer_idx, forward, probe)
+        self.plan = device_plan(self.config, layer_idx)
+        self.shared = shared if shared is not None else DeviceShared()
+        self._check_probe()
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.tokens: DeviceTokens | None = None
+
+    def _check_probe(self) -> None:
+        probe = self.probe
+        if probe is not None and probe.observer is not None:
+            raise ConfigError(
+                "with engine='device' window and offloaded tokens are attended to in one go, so a probe's observer has nothing "
+                "to look at in between. Use engine='host' for it."
+            )
+
+    # The cache contract -----------------------------------------------------------------------------------------------
+
+    @_outside_inference_mode
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Take device, dtype, batch size and heads from the first keys ``[batch, kv_heads, m, head_dim]``.
+
+        Raises
+        ------
+        UnsupportedModelError
+            For keys of another shape or precision than the kernels serve.
+        ConfigError
+            Without Triton, away from a CUDA device, or for a ``store_dtype`` that is not the model's.
+        """
+        super().lazy_initialization(key_states, value_states)
+        # This layer's tokens lie elsewhere.
+        self.window, self.store, self.is_initialized = None, None, False
+        batch, kv_heads, _, head_dim = key_states.shape
+        # Triton's interpreter runs the kernels on a CPU, for tests.
+        if self.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ConfigError(
+                f"engine='device' needs a model on a CUDA device, but its keys are on {self.device}. {ADVICE}"
+            )
+        if self.dtype not in (torch.bfloat16, torch.float16):
+            raise UnsupportedModelError(
+                f"engine='device' serves models in bfloat16 or float16, but this one's keys are {self.dtype}. Load it with "
+                "dtype=torch.bfloat16, or use engine='host'."
+            )
+        if self.config.store_dtype not in ("auto", str(self.dtype).removeprefix("torch.")):
+            raise ConfigError(
+                f"engine='device' stores the model's {self.dtype}, but got store_dtype={self.config.store_dtype!r}. {ADVICE}"
+            )
+        try:
+            layout = Layout(head_dim, self.plan.key_bits, self.plan.value_bits)
+        except ValueError as error:
+            raise UnsupportedModelError(f"engine='device': {error}. {ADVICE}") from error
+        try:
+            from alaya_hf.engine.device.tokens import DeviceTokens
+        except ImportError as error:
+            raise ConfigError(
+                f"engine='device' needs Triton, which cannot be imported ({error}). CUDA builds of torch bring it: install one, "
+                "or use engine='host'."
+            ) from error
+        self.tokens = DeviceTokens(
+            batch, kv_heads, layout, self.config.window, self.config.min_context, self.dtype, self.device
+        )
+        self.is_initialized = True
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held, -1 before the first keys."""
+        return -1 if self.tokens is None else len(self.tokens.counts)
+
+    @_outside_inference_mode
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens; those that become recent again return to the window from the store.
+
+        Parameters
+        ----------
+        tokens_to_remove : int
+            As a negative number, like everywhere in Transformers.
+        """
+        tokens_to_remove = int(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise AlayaError(
+                f"crop takes the number of tokens to remove as a negative integer, but got {tokens_to_remove}. "
+                f"Use crop({-tokens_to_remove})."
+            )
+        columns = max(0, self._columns + tokens_to_remove)
+        if columns == self._columns or self.tokens is None:
+            return
+        self.check_consumed()
+        self.tokens.truncate([self._tokens_in(row, 0, columns) for row in range(self.batch_size)], columns)
+        self._columns = columns
+        if self._valid is not None:
+            self._valid = self._valid[:, :columns]
+
+    @_outside_inference_mode
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` (integers, or a bool mask over the rows). Copies all of their tokens."""
+        if self.tokens is None:
+            return
+        indices = torch.as_tensor(indices)
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        indices = indices.to("cpu", torch.int64)
+        self.tokens.select(indices.tolist())
+        if self._valid is not None:
+            self._valid = self._valid[indices]
+
+    @_outside_inference_mode
+    def with_config(self, config: AlayaConfig) -> AlayaLayer:
+        """A copy with another configuration and without the probe. Copies the whole context, under either engine."""
+        copy = DeviceLayer(config, self.layer_idx) if config.engine == "device" else AlayaLayer(config, self.layer_idx)
+        if self.tokens is not None:
+            copy.fill(*self.contents(), self._valid)
+        return copy
+
+    def contents(self) -> tuple[Tensor, Tensor]:
+        """Everything cached, in order: two ``[batch, kv_heads, tokens, head_dim]`` on the layer's device.
+
+        Padding columns are zero. Copies the whole context.
+        """
+        assert self.tokens is not None
+        shape = (self.batch_size, self.tokens.kv_heads, self._columns, self.tokens.layout.head_dim)
+        keys = torch.zeros(shape, dtype=self.dtype, device=self.device)
+        values = torch.zeros_like(keys)
+        for row in range(self.batch_size):
+            chosen = torch.arange(self._columns) if self._valid is None else self._valid[row].nonzero().flatten()
+            for target, found in zip((keys, values), self.tokens.row(row), strict=True):
+                target[row][:, chosen.to(self.device)] = found
+        return keys, values
+
+    # Memory -----------------------------------------------------------------------------------------------------------
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the window on the layer's device, free slots included."""
+        return 0 if self.tokens is None else self.tokens.window_bytes
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of keys and values in host memory: every token but the first ones, recent ones included."""
+        return 0 if self.tokens is None else self.tokens.offloaded_bytes
+
+    @property
+    def lowbit_bytes(self) -> int:
+        """Bytes of the low-bit copy on the layer's device, room to grow included."""
+        return 0 if self.tokens is None else self.tokens.lowbit_bytes
+
+    @property
+    def index_bytes(self) -> int:
+        """Zero: the low-bit copy is the index."""
+        return 0
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token's keys and values."""
+        return 0 if self.tokens is None else self.tokens.token_bytes
+
+    def token_counts(self) -> list[int]:
+        """Tokens cached per row, padding excluded."""
+        return [] if self.tokens is None else list(self.tokens.counts)
+
+    # Attention --------------------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        query: Tensor,
+        scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """See :meth:`AlayaLayer.attend`; one token without padding runs the kernels, other passes are exact.
+
+        Raises
+        ------
+        UnsupportedModelError
+            For capped logits and attention sinks.
+        """
+        if softcap is not None or sinks is not None:
+            raise UnsupportedModelError(
+                f"layer {self.layer_idx} has {'capped logits' if softcap is not None else 'attention sinks'}, which "
+                "engine='device' does not serve. Use engine='host'."
+            )
+        self._check_probe()
+        return super().attend(query, scaling, mask=mask)
+
+    @property
+    def _alike(self) -> int:
+        """Layers whose memory is about to grow as this one's: all of them when the first one does."""
+        return self.forward.layers if self.layer_idx == self.forward.first else 1
+
+    def _keep(self, tokens: int, slack: int) -> int:
+        """Not used: the number of tokens says which ones the window keeps."""
+        return 0
+
+    def _append(
+        self, keys: Tensor, values: Tensor, valid: Tensor | None, keep: int, samples: list[Tensor] | None = None
+    ) -> int:
+        """Take new columns in; returns the bytes that went to the store."""
+        assert self.tokens is not None
+        moved = self.tokens.append(keys, values, valid, self._columns + keys.shape[2], self._alike)
+        self._count(keys.shape[2], valid)
+        return moved
+
+    def _count(self, new: int, valid: Tensor | None) -> None:
+        if valid is not None or self._valid is not None:
+            old = self._valid if self._valid is not None else torch.ones(self.batch_size, self._columns).bool()
+            added = valid if valid is not None else torch.ones(self.batch_size, new).bool()
+            self._valid = torch.cat([old, added], dim=1)
+        self._columns += new
+
+    def _prefill(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
+    ) -> tuple[list[Partial], StepRecord | None]:
+        assert self.tokens is not None
+        parts = [attend_new(query, keys, values, valid, scaling, None)]
+        context, moved = self._columns + query.shape[2], 0
+        if self._columns:
+            part, moved = self.tokens.attend(query, self.config.prefill_block, scaling)
+            parts.append(part)
+        moved += self._append(keys, values, valid, 0)
+        if self.probe is None:
+            return parts, None
+        return parts, StepRecord(
+            "prefill", query.shape[2], context, context, 0, 0, 0, None, None, None, None, moved, 0.0
+        )
+
+    def _decode(
+        self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
+    ) -> tuple[list[Partial], StepRecord | None]:
+        if query.shape[2] > 1 or valid is not None:
+            return self._prefill(query, keys, values, valid, scaling, softcap)
+        assert self.tokens is not None
+        lows = list(self.tokens.lows)
+        new = (query[:, :, 0], keys[:, :, 0], values[:, :, 0])
+        work = self.tokens.step(*new, scaling, self.plan, self.shared, self._columns, self._alike)
+        self._count(1, None)
+        # The next layer's step overwrites the workspace.
+        part = Partial(work.out.clone().unsqueeze(2), work.lse.unsqueeze(2))
+        if self.probe is None:
+            return [part], None
+        from alaya_hf.engine.device.record import device_record
+
+        return [part], device_record(self.probe, new[0], self.tokens, lows, work, self.plan, scaling)

@@ -1,0 +1,112 @@
+"""What the kernels of the device engine are asked for, from a layer's configuration."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from alaya_hf.config import AlayaConfig
+from alaya_hf.engine.residual import BlockMean, LowBit
+from alaya_hf.errors import ConfigError
+from alaya_hf.index.quantized import Quantized
+from alaya_hf.kernels.gpu.layout import MEAN_BLOCK
+from alaya_hf.query import DIPR, Recovery, TopK
+
+SUPPORTED = (
+    "engine='device' serves the queries dipr, topk and recovery on the index 'quantized' (margin 0) with the residual "
+    f"'low_bit' of as many key bits, or 'block_means' of {MEAN_BLOCK} tokens"
+)
+ADVICE = "Change the setting, or use engine='host' (for one layer: layers={number: {'engine': 'host'}})."
+
+
+@dataclass(frozen=True)
+class DevicePlan:
+    """What one layer asks of the kernels in every decode step.
+
+    Attributes
+    ----------
+    key_bits, value_bits : int
+        Of the low-bit copy; no value bits: block means of the values.
+    cap : int
+        Most offloaded tokens per query head that get exact attention, highest scores first.
+    ratio : float
+        Share of the attention mass that window and exact tokens have to hold; 1: not asked for.
+    union : bool
+        The query heads of a KV head share what each of them selected.
+    dipr : DIPR or None
+        Where the range comes from; None: no range.
+    """
+
+    key_bits: int
+    value_bits: int
+    cap: int
+    ratio: float
+    union: bool
+    dipr: DIPR | None
+
+    def beta(self, scaling: float) -> float:
+        """The range below the best score, in units of scores."""
+        return math.inf if self.dipr is None else self.dipr.range(scaling)
+
+
+def device_plan(config: AlayaConfig, layer_idx: int) -> DevicePlan:
+    """The plan of a layer.
+
+    Parameters
+    ----------
+    config : AlayaConfig
+        Of this layer (:meth:`AlayaConfig.for_layer`).
+    layer_idx : int
+
+    Raises
+    ------
+    ConfigError
+        For anything that the kernels cannot do.
+    """
+    query, index, residual = config.query, config.index, config.residual
+
+    def refuse(what: str) -> ConfigError:
+        return ConfigError(f"{SUPPORTED}, but got {what}. {ADVICE}")
+
+    if layer_idx in config.dense_layers:
+        raise refuse(f"dense_layers with layer {layer_idx}, which would attend to the whole context")
+    cap, ratio, dipr = config.max_exact, 1.0, None
+    if isinstance(query, TopK):
+        if query.k > config.MAX_EXACT:
+            raise refuse(f"topk with k={query.k} (at most {config.MAX_EXACT})")
+        cap = query.k
+    elif isinstance(query, Recovery):
+        ratio = float(query.ratio)
+    elif isinstance(query, DIPR):
+        dipr = query
+    else:
+        raise refuse(f"the query {query.kind!r}")
+    if not isinstance(index, Quantized):
+        raise refuse(f"the index {index.kind!r}")
+    if index.margin:
+        raise refuse(f"index.margin={index.margin} (nothing is re-scored)")
+    if isinstance(residual, LowBit):
+        if residual.key_bits != index.bits:
+            raise refuse(f"residual.key_bits={residual.key_bits} beside index.bits={index.bits}")
+        value_bits = residual.value_bits
+    elif isinstance(residual, BlockMean):
+        if residual.block != MEAN_BLOCK or residual.keys is True:
+            raise refuse(f"block_means with block={residual.block}, keys={residual.keys!r}")
+        value_bits = 0
+    else:
+        raise refuse(f"the residual {residual.kind!r}")
+    return DevicePlan(index.bits, value_bits, cap, ratio, config.group_mode == "union", dipr)
+
+
+def check_device(settings: AlayaConfig) -> None:
+    """Check every layer with ``engine="device"`` before there is one.
+
+    Raises
+    ------
+    ConfigError
+    """
+    named = {key for key in settings.layers if isinstance(key, int)} | set(settings.dense_layers)
+    for layer_idx in [-1, *sorted(named)]:  # -1: those that are not named
+        config = settings.for_layer(layer_idx)
+        if config.engine == "device":
+            device_plan(config, layer_idx)

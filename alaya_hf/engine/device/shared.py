@@ -1,0 +1,105 @@
+"""What the layers of a cache have in common on a device: buffers of a step, and how many tokens there are."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from alaya_hf.kernels.gpu.layout import TILE, Layout
+
+if TYPE_CHECKING:
+    from alaya_hf.kernels.gpu.step import Workspace
+
+
+class Counters:
+    """Tokens held and tokens in the low-bit copy, per row, on the device, mirrored on the host.
+
+    A step's kernels read the device's numbers; nobody ever reads them back. Every layer says where it stands before its
+    step: the first layer of a step finds the numbers one token behind and lets the device count on, the others find them
+    right.
+
+    Parameters
+    ----------
+    batch : int
+    device : torch.device
+
+    Attributes
+    ----------
+    total, low : Tensor ``[batch]`` int32
+        See :func:`~alaya_hf.kernels.gpu.window.window_attention`.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.total = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.low = torch.zeros(batch, dtype=torch.int32, device=device)
+        self._totals, self._lows = [0] * batch, [0] * batch
+
+    def bring_to(self, totals: list[int], lows: list[int], init: int, local: int, capacity: int) -> None:
+        """Make the device's numbers `totals` and `lows`; the other arguments as for `advance`."""
+        if (self._totals, self._lows) == (totals, lows):
+            return
+        from alaya_hf.kernels.gpu.window import advance
+
+        stepped = [count + 1 for count in self._totals]
+        moved = [after_step(count, low, init, local) for count, low in zip(self._totals, self._lows, strict=True)]
+        if (stepped, moved) == (totals, lows):
+            advance(self.total, self.low, init, local, capacity)
+        else:
+            for tensor, numbers in ((self.total, totals), (self.low, lows)):
+                if len(set(numbers)) == 1:
+                    tensor.fill_(numbers[0])
+                else:
+                    tensor.copy_(torch.tensor(numbers, dtype=torch.int32))
+        self._totals, self._lows = list(totals), list(lows)
+
+
+def after_step(count: int, low: int, init: int, local: int) -> int:
+    """Tokens in the low-bit copy after a step over `count` tokens: the rule of `extend_lowbit` and `advance`."""
+    return low + TILE if count + 1 - init - low >= local + TILE else low
+
+
+class DeviceShared:
+    """Workspaces and counters of one cache. A copy of the cache starts with none: they hold nothing between steps."""
+
+    def __init__(self) -> None:
+        self._workspaces: dict[Any, Workspace] = {}
+        self._counters: dict[Any, Counters] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceShared:
+        memo[id(self)] = copy = DeviceShared()
+        return copy
+
+    def workspace(
+        self, batch: int, kv_heads: int, group: int, layout: Layout, tokens: int, slots: int, cap: int,
+        device: torch.device, dtype: torch.dtype,
+    ) -> Workspace:  # fmt: skip
+        """The buffers for steps of these sizes, see :class:`~alaya_hf.kernels.gpu.step.Workspace`."""
+        from alaya_hf.kernels.gpu.step import Workspace
+
+        key = (kv_heads, group, layout, slots, cap, device, dtype)
+        work = self._workspaces.get(key)
+        if work is None or (work.batch, work.tokens) != (batch, tokens):
+            # The old one goes first: layers grow together, so nobody needs it any more.
+            self._workspaces.pop(key, None)
+            work = Workspace(batch, kv_heads, group, layout, tokens, slots, cap, device, dtype)
+            self._workspaces[key] = work
+        return work
+
+    def counters(self, batch: int, device: torch.device, rule: tuple[int, ...]) -> Counters:
+        """The counters of the layers that share a window's `rule` (its sizes), so that all of them count alike."""
+        counters = self._counters.get((device, rule))
+        if counters is None or len(counters.total) != batch:
+            counters = self._counters[device, rule] = Counters(batch, device)
+        return counters
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on the devices."""
+        return sum(work.nbytes for work in self._workspaces.values())
+
+
+def constant(value: int, device: torch.device) -> Tensor:
+    """``[1]`` int32, made on the device."""
+    return torch.full((1,), value, dtype=torch.int32, device=device)

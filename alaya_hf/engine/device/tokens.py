@@ -1,0 +1,432 @@
+"""The tokens of one layer under the device engine: window, low-bit copy and exact store."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alaya_hf.config import WindowConfig
+from alaya_hf.engine.device.plan import DevicePlan
+from alaya_hf.engine.device.shared import DeviceShared, after_step, constant
+from alaya_hf.errors import AlayaError, HostMemoryError, NonFiniteError
+from alaya_hf.kernels.attention import exact_attention
+from alaya_hf.kernels.gpu.host_memory import device_view
+from alaya_hf.kernels.gpu.layout import TILE, Layout
+from alaya_hf.kernels.gpu.quantise import quantise_tokens
+from alaya_hf.kernels.gpu.step import Workspace, decode_step
+from alaya_hf.kernels.partial import Partial, merge
+from alaya_hf.storage.memory import GIB, check_host_memory
+
+_STORE_STEP = 1024  # tokens; the store grows by half, rounded up to this
+_TILE_STEP = 4  # tiles; the low-bit copy grows by 1/32 and this
+
+
+def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Kernels start on the current device, and pinned memory is made for it: let that be the layer's."""
+
+    @functools.wraps(method)
+    def run(self: DeviceTokens, *args: Any, **kwargs: Any) -> Any:
+        if self.device.type != "cuda":
+            return method(self, *args, **kwargs)
+        with torch.cuda.device(self.device):
+            return method(self, *args, **kwargs)
+
+    return run
+
+
+class DeviceTokens:
+    """Every token of a layer, exactly in host memory, and what a decode step reads on the device.
+
+    The first `init` tokens of a row lie in the window's first slots. The others have places 0, 1, ... in the store. A row's
+    first `low` places, whole tiles of 64, are in the low-bit copy; those behind them, ``local`` to ``local + 63``, lie in the
+    window's ring too. How many are in the low-bit copy depends on the number of tokens alone, not on how they came in. A
+    context of up to `min_context` columns lies in the ring as a whole.
+
+    Parameters
+    ----------
+    batch, kv_heads : int
+    layout : Layout
+        Of the low-bit copy.
+    window : WindowConfig
+        `overflow` is not used: the window gives 64 tokens at a time.
+    min_context : int
+    dtype : torch.dtype
+    device : torch.device
+
+    Attributes
+    ----------
+    window_k, window_v : Tensor ``[batch, kv_heads, init + ring, head_dim]``
+        See :func:`~alaya_hf.kernels.gpu.window.window_attention`.
+    records : Tensor ``[batch, kv_heads, tiles, record / 4]`` int32
+    store : Tensor ``[batch, kv_heads, capacity, 2, head_dim]``
+        Host memory, pinned if the device is a GPU.
+    counts, lows : list of int
+        Tokens of each row, and its places in the low-bit copy.
+    """
+
+    def __init__(
+        self, batch: int, kv_heads: int, layout: Layout, window: WindowConfig, min_context: int, dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self.kv_heads, self.layout, self.dtype, self.device = kv_heads, layout, dtype, device
+        self.init, self.local, self.min_context = window.init, window.local, min_context
+        self.counts, self.lows = [0] * batch, [0] * batch
+        self.window_k, self.window_v = self._make_window(self._ring_for(0))
+        self.records = layout.allocate(batch, kv_heads, TILE, device)
+        self._set_store(self._make_store(batch, 0))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTokens:
+        copy = object.__new__(DeviceTokens)
+        copy.__dict__.update(self.__dict__)
+        copy.counts, copy.lows = list(self.counts), list(self.lows)
+        with torch.inference_mode(False):  # what is made in inference mode could not be written to later
+            copy.window_k, copy.window_v = self.window_k.clone(), self.window_v.clone()
+            copy.records = self.records.clone()
+            copy._set_store(self._copied_store(len(self.counts), self.store.shape[2], list(range(len(self.counts)))))
+        return copy
+
+    # Sizes ------------------------------------------------------------------------------------------------------------
+
+    @property
+    def ring(self) -> int:
+        """Slots for recent tokens."""
+        return self.window_k.shape[2] - self.init
+
+    def _ring_for(self, columns: int) -> int:
+        ring = self.local + TILE
+        if columns <= self.min_context:
+            while ring < columns + 2 - self.init:
+                ring *= 2
+        return ring
+
+    def _low_for(self, count: int, columns: int) -> int:
+        if columns <= self.min_context:
+            return 0
+        return TILE * max(0, (count - self.init - self.local) // TILE)
+
+    def _places(self, count: int) -> int:
+        return max(0, count - self.init)
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of the window on the device, free slots included."""
+        return 2 * self.window_k.numel() * self.window_k.element_size()
+
+    @property
+    def lowbit_bytes(self) -> int:
+        """Bytes of the low-bit copy on the device, room to grow included."""
+        return self.records.numel() * self.records.element_size()
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's exact keys and values."""
+        return 2 * self.kv_heads * self.layout.head_dim * self.dtype.itemsize
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """Bytes of the exact tokens in host memory, room to grow not included."""
+        return sum(self._places(count) for count in self.counts) * self.token_bytes
+
+    # Memory -----------------------------------------------------------------------------------------------------------
+
+    def _make_window(self, ring: int) -> tuple[Tensor, Tensor]:
+        shape = (len(self.counts), self.kv_heads, self.init + ring, self.layout.head_dim)
+        return (
+            torch.zeros(shape, dtype=self.dtype, device=self.device),
+            torch.zeros(shape, dtype=self.dtype, device=self.device),
+        )
+
+    @_on_its_device
+    def _make_store(self, batch: int, capacity: int, layers: int = 1) -> Tensor:
+        """Host memory for `capacity` tokens, checked for `layers` such layers."""
+        needed = batch * capacity * self.token_bytes
+        check_host_memory(layers * needed, "the offloaded context")
+        shape = (batch, self.kv_heads, capacity, 2, self.layout.head_dim)
+        try:
+            return torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda" and capacity > 0)
+        except RuntimeError as error:
+            raise HostMemoryError(
+                f"{needed:,} bytes ({needed / GIB:.2f} GiB) of host memory could not be pinned for the offloaded context "
+                f"({error}). Shorten the context, use a smaller batch, or raise the limit on locked memory."
+            ) from error
+
+    @_on_its_device
+    def _set_store(self, store: Tensor) -> None:
+        self.store = store
+        # The same memory as kernels see it.
+        self.on_device = device_view(store, self.device) if store.is_pinned() else store
+        if self.on_device.data_ptr() != store.data_ptr():
+            raise AlayaError(
+                f"{self.device} sees pinned host memory only as a copy, but engine='device' needs unified addressing. Use "
+                "engine='host'."
+            )
+
+    def _copied_store(self, batch: int, capacity: int, rows: list[int], layers: int = 1) -> Tensor:
+        """A new store whose row ``i`` holds what row ``rows[i]`` does."""
+        store = self._make_store(batch, capacity, layers)
+        self._wait()
+        for row, source in enumerate(rows):
+            used = self._places(self.counts[source])
+            store[row, :, :used] = self.store[source, :, :used]
+        return store
+
+    def _wait(self) -> None:
+        """Until the device has written what the host is about to read."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+    def reserve(self, places: int, low: int, layers: int = 1) -> None:
+        """Make room for `places` tokens in the store and `low` in the low-bit copy.
+
+        Parameters
+        ----------
+        layers : int
+            Layers that are about to need as much: refuse now if the host cannot hold them all.
+
+        Raises
+        ------
+        HostMemoryError
+            Before anything has changed.
+        """
+        batch, capacity = len(self.counts), self.store.shape[2]
+        if places > capacity:
+            capacity = max(places, capacity + capacity // 2)
+            capacity = -(-capacity // _STORE_STEP) * _STORE_STEP
+            self._set_store(self._copied_store(batch, capacity, list(range(batch)), layers))
+        tiles = low // TILE
+        if tiles > self.records.shape[2]:
+            grown = self.layout.allocate(batch, self.kv_heads, TILE * (tiles + tiles // 32 + _TILE_STEP), self.device)
+            grown[:, :, : self.records.shape[2]] = self.records
+            self.records = grown
+
+    # Host memory to and fro: one copy per KV head, each contiguous on both sides, ordered by the stream -----------------
+
+    def _write_store(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
+        kv = torch.stack([keys, values], dim=2)
+        for target, source in zip(self.store[row, :, start : start + kv.shape[1]], kv, strict=True):
+            target.copy_(source, non_blocking=True)
+
+    def read_store(self, row: int, start: int, stop: int) -> Tensor:
+        """Places of a row on the device: ``[kv_heads, stop - start, 2, head_dim]``."""
+        shape = (self.kv_heads, max(0, stop - start), 2, self.layout.head_dim)
+        kv = torch.empty(shape, dtype=self.dtype, device=self.device)
+        for target, source in zip(kv, self.store[row, :, start : start + shape[1]], strict=True):
+            target.copy_(source, non_blocking=True)
+        return kv
+
+    # The ring ---------------------------------------------------------------------------------------------------------
+
+    def _slots(self, start: int, stop: int) -> Tensor:
+        return self.init + torch.arange(start, max(start, stop), device=self.device) % self.ring
+
+    def _recent(self, row: int) -> tuple[Tensor, Tensor]:
+        """Keys and values behind the low-bit copy, in order: two ``[kv_heads, n, head_dim]``, copies."""
+        slots = self._slots(self.lows[row], self._places(self.counts[row]))
+        return self.window_k[row].index_select(1, slots), self.window_v[row].index_select(1, slots)
+
+    def _write_ring(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
+        slots = self._slots(start, start + keys.shape[1])
+        self.window_k[row].index_copy_(1, slots, keys)
+        self.window_v[row].index_copy_(1, slots, values)
+
+    def _resize_ring(self, ring: int) -> None:
+        """Another ring, empty; the first tokens stay."""
+        keys, values = self._make_window(ring)
+        keys[:, :, : self.init], values[:, :, : self.init] = (
+            self.window_k[:, :, : self.init],
+            self.window_v[:, :, : self.init],
+        )
+        self.window_k, self.window_v = keys, values
+
+    # Taking tokens in -------------------------------------------------------------------------------------------------
+
+    @_on_its_device
+    def append(self, keys: Tensor, values: Tensor, valid: Tensor | None, columns: int, layers: int = 1) -> int:
+        """Take in new columns; the oldest recent tokens go to the low-bit copy in whole tiles.
+
+        Parameters
+        ----------
+        keys, values : Tensor
+            ``[batch, kv_heads, m, head_dim]``.
+        valid : Tensor or None
+            ``[batch, m]`` bool on the host, false where padding.
+        columns : int
+            Columns with the new ones.
+        layers : int
+            See :meth:`reserve`.
+
+        Returns
+        -------
+        int
+            Bytes that went to the store.
+
+        Raises
+        ------
+        NonFiniteError
+        HostMemoryError
+            Both before anything has changed.
+        """
+        new = []
+        for row in range(len(self.counts)):
+            k, v = keys[row], values[row]
+            if valid is not None:
+                chosen = valid[row].nonzero().flatten().to(self.device)
+                k, v = k.index_select(1, chosen), v.index_select(1, chosen)
+            new.append((k, v))
+        if not all(bool(torch.isfinite(x).all()) for pair in new for x in pair if x.numel()):
+            raise NonFiniteError(
+                f"{keys.shape[2]} new tokens have keys or values that are infinite or not a number, which would spoil every "
+                "later answer. Expected finite vectors: check the model's precision (float16 overflows; try bfloat16)."
+            )
+        counts = [count + k.shape[1] for count, (k, _) in zip(self.counts, new, strict=True)]
+        lows = [self._low_for(count, columns) for count in counts]
+        self.reserve(self._places(max(counts)), max(lows), layers)
+        recent, moved = [], 0
+        for row, (k, v) in enumerate(new):
+            count = self.counts[row]
+            first = min(max(0, self.init - count), k.shape[1])
+            self.window_k[row, :, count : count + first] = k[:, :first]
+            self.window_v[row, :, count : count + first] = v[:, :first]
+            k, v = k[:, first:], v[:, first:]
+            if k.shape[1]:
+                self._write_store(row, self._places(count), k, v)
+                moved += k.shape[1] * self.token_bytes
+            old_k, old_v = self._recent(row)
+            recent.append((torch.cat([old_k, k], dim=1), torch.cat([old_v, v], dim=1)))
+        if self._ring_for(columns) != self.ring:
+            self._resize_ring(self._ring_for(columns))
+        for row, (k, v) in enumerate(recent):
+            leaving = lows[row] - self.lows[row]
+            if leaving:
+                self._quantise(row, k[:, :leaving], v[:, :leaving])
+            self._write_ring(row, lows[row], k[:, leaving:], v[:, leaving:])
+        self.counts, self.lows = counts, lows
+        return moved
+
+    def _quantise(self, row: int, keys: Tensor, values: Tensor) -> None:
+        """Append whole tiles to a row's low-bit copy."""
+        tile, count = constant(self.lows[row] // TILE, self.device), constant(keys.shape[1], self.device)
+        bits = (self.layout.key_bits, self.layout.value_bits)
+        quantise_tokens(keys[None], values[None], self.records[row : row + 1], tile, count, *bits)
+
+    # Attention --------------------------------------------------------------------------------------------------------
+
+    def attend(self, q: Tensor, block: int, scaling: float) -> tuple[Partial, int]:
+        """Exact attention of new tokens to everything held; offloaded tokens come to the device block by block.
+
+        Parameters
+        ----------
+        q : Tensor
+            ``[batch, heads, m, head_dim]``.
+        block : int
+            Offloaded tokens on the device at a time.
+        scaling : float
+
+        Returns
+        -------
+        partial : Partial
+        bytes_moved : int
+            Bytes of keys and values read from the store.
+        """
+        rows, moved = [], 0
+        for row, low in enumerate(self.lows):
+            query, first = q[row : row + 1], min(self.counts[row], self.init)
+            k, v = self._recent(row)
+            k = torch.cat([self.window_k[row, :, :first], k], dim=1)[None]
+            v = torch.cat([self.window_v[row, :, :first], v], dim=1)[None]
+            parts = [exact_attention(query, k, v, scaling)]
+            for start in range(0, low, block):
+                kv = self.read_store(row, start, min(low, start + block))[None]
+                parts.append(exact_attention(query, kv[:, :, :, 0], kv[:, :, :, 1], scaling))
+                moved += kv.numel() * kv.element_size()
+            rows.append(merge(parts))
+        return Partial(torch.cat([part.out for part in rows]), torch.cat([part.lse for part in rows])), moved
+
+    @_on_its_device
+    def step(
+        self, q: Tensor, k: Tensor, v: Tensor, scaling: float, plan: DevicePlan, shared: DeviceShared, columns: int,
+        layers: int = 1,
+    ) -> Workspace:  # fmt: skip
+        """Take in one token of every row and attend with it: no synchronisation with the host unless the store grows.
+
+        Parameters
+        ----------
+        q : Tensor ``[batch, heads, head_dim]``
+        k, v : Tensor ``[batch, kv_heads, head_dim]``
+        columns : int
+            Columns before this one.
+        layers : int
+            See :meth:`reserve`.
+
+        Returns
+        -------
+        Workspace
+            Its ``out`` is the result, until the next step overwrites it.
+
+        Raises
+        ------
+        HostMemoryError
+            Before anything has changed.
+        """
+        batch = len(self.counts)
+        if self.ring != self._ring_for(columns) or self.lows != [self._low_for(c, columns) for c in self.counts]:
+            # The context has outgrown `min_context`, or the ring.
+            nothing = k.new_empty(batch, self.kv_heads, 0, self.layout.head_dim)
+            self.append(nothing, nothing, None, columns)
+        local = self.ring - TILE if columns <= self.min_context else self.local
+        lows = [after_step(count, low, self.init, local) for count, low in zip(self.counts, self.lows, strict=True)]
+        self.reserve(max(1, self._places(max(self.counts) + 1)), max(lows), layers)
+        capacity = self.records.shape[2] * TILE
+        work = shared.workspace(
+            batch, self.kv_heads, q.shape[1] // self.kv_heads, self.layout, capacity, self.init + self.ring, plan.cap,
+            self.device, self.dtype,
+        )  # fmt: skip
+        counters = shared.counters(batch, self.device, (self.init, self.local, self.min_context))
+        counters.bring_to(self.counts, self.lows, self.init, local, capacity)
+        decode_step(
+            work, q.contiguous(), k.contiguous(), v.contiguous(), self.window_k, self.window_v, self.on_device, self.records,
+            counters.total, counters.low, self.init, local, scaling, plan.beta(scaling), plan.ratio, plan.union,
+        )  # fmt: skip
+        self.counts, self.lows = [count + 1 for count in self.counts], lows
+        return work
+
+    # Other operations -------------------------------------------------------------------------------------------------
+
+    def truncate(self, counts: list[int], columns: int) -> None:
+        """Keep the first `counts` tokens of the rows, `columns` in all; what becomes recent again is read from the store."""
+        lows = [min(low, self._low_for(count, columns)) for low, count in zip(self.lows, counts, strict=True)]
+        places = [self._places(count) for count in counts]
+        stops = [min(low, place) for low, place in zip(self.lows, places, strict=True)]
+        if any(place - low + 1 > self.ring for place, low in zip(places, lows, strict=True)):
+            self._resize_ring(self._ring_for(columns))
+            stops = places
+        for row, (low, stop) in enumerate(zip(lows, stops, strict=True)):
+            if low < stop:
+                kv = self.read_store(row, low, stop)
+                self._write_ring(row, low, kv[:, :, 0], kv[:, :, 1])
+        self.counts, self.lows = list(counts), lows
+
+    def select(self, rows: list[int]) -> None:
+        """Row ``i`` becomes what row ``rows[i]`` was. Copies everything, in host memory too."""
+        if rows == list(range(len(self.counts))):
+            return
+        store = self._copied_store(len(rows), self.store.shape[2], rows)
+        index = torch.tensor(rows, device=self.device)
+        self.window_k, self.window_v = self.window_k.index_select(0, index), self.window_v.index_select(0, index)
+        self.records = self.records.index_select(0, index)
+        self.counts, self.lows = [self.counts[row] for row in rows], [self.lows[row] for row in rows]
+        self._set_store(store)
+
+    def row(self, row: int) -> tuple[Tensor, Tensor]:
+        """Everything held of a row, in order: two ``[kv_heads, tokens, head_dim]`` on the device, copies."""
+        count = self.counts[row]
+        first = slice(0, min(count, self.init))
+        kv = self.read_store(row, 0, self._places(count))
+        return (
+            torch.cat([self.window_k[row, :, first], kv[:, :, 0]], dim=1),
+            torch.cat([self.window_v[row, :, first], kv[:, :, 1]], dim=1),
+        )

@@ -1,0 +1,238 @@
+"""What a cache with ``engine="device"`` must do, on any device: each check compares it with another way to the same answer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from alaya_hf import DIPR, AlayaCache, AlayaConfig, AlayaLayer, TopK
+from alaya_hf.device_layer import DeviceLayer
+
+WINDOW = {"init": 4, "local": 20, "overflow": 63}
+#: Keeps every token of these tests; more than one tile needs more.
+ALL = AlayaConfig(query=TopK(64), window=WINDOW, min_context=0, engine="device", prefill_block=50)
+#: The default, two precisions, with a small window.
+DEFAULT = AlayaConfig(window=WINDOW, min_context=0, engine="device", max_exact=64)
+
+
+def tiny_model(device: str, dtype: torch.dtype = torch.float16) -> Any:
+    """A Llama whose greedy choices are clear enough that rounding does not change them."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, initializer_range=0.4, max_position_embeddings=1024, pad_token_id=0, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(device, dtype).eval()
+
+
+def prompt(model: Any, length: int, seed: int = 0, rows: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 97, (rows, length), generator=generator).to(model.device)
+
+
+def generate(model: Any, cache: Any, ids: Tensor, new: int, **kwargs: Any) -> list[list[int]]:
+    kwargs = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": new, **kwargs}
+    return model.generate(ids, past_key_values=cache, **kwargs)[:, ids.shape[1] :].tolist()
+
+
+def logits(model: Any, cache: Any, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids, past_key_values=cache).logits.float()
+
+
+def lows(cache: AlayaCache) -> list[int]:
+    """Tokens in the low-bit copy of each row, the same in all layers."""
+    found = [layer.tokens.lows for layer in cache.layers]
+    assert all(isinstance(layer, DeviceLayer) for layer in cache.layers) and found.count(found[0]) == len(found)
+    return found[0]
+
+
+def check_generation(model: Any, length: int, new: int, settings: AlayaConfig = ALL, **kwargs: Any) -> None:
+    """Tokens equal dense attention's, and the window has given tiles to the low-bit copy."""
+    ids, cache = prompt(model, length), AlayaCache(settings)
+    assert generate(model, cache, ids, new, **kwargs) == generate(model, DynamicCache(), ids, new, **kwargs)
+    total = length + new - 1
+    assert lows(cache) == [64 * ((total - 24) // 64)] and lows(cache)[0] >= 64
+    stats = cache.stats()
+    assert stats["tokens"] == total and stats["index_bytes"] == 0
+    assert stats["offloaded_bytes"] == (total - 4) * 2 * 2 * 2 * 16 * 2
+    assert stats["total_bytes"] == total * 2 * 2 * 2 * 16 * 2
+    assert stats["device_bytes"] >= stats["window_bytes"] + stats["lowbit_bytes"] > 0
+
+
+def check_min_context(model: Any) -> None:
+    """A context grows out of the window that held all of it, in the middle of a generation."""
+    settings, ids = ALL.replace(min_context=116), prompt(model, 114)
+    cache = AlayaCache(settings)
+    before = generate(model, cache, ids, 3)
+    assert lows(cache) == [0] and cache.layers[0].tokens.ring >= 114
+    after = generate(model, cache, torch.cat([ids, torch.tensor(before, device=ids.device)], 1), 3)
+    assert lows(cache) == [64] and cache.layers[0].tokens.ring == 84
+    assert [before[0] + after[0]] == generate(model, DynamicCache(), ids, 6)
+
+
+def check_padding(model: Any) -> None:
+    """Rows of unequal length, one of them shorter than the window, each as if alone."""
+    ids, mask = prompt(model, 120, rows=2), torch.ones(2, 120, dtype=torch.int64, device=model.device)
+    mask[1, :101] = 0
+    cache = AlayaCache(ALL)
+    # In chunks, of which the first two are padding in the second row.
+    found = generate(model, cache, ids, 4, attention_mask=mask, prefill_chunk_size=50)
+    assert found == generate(model, DynamicCache(), ids, 4, attention_mask=mask)
+    assert lows(cache) == [64, 0] and cache.layers[0].token_counts() == [123, 22]
+
+
+def check_crop(model: Any, decoded: int) -> None:
+    """What a cache answers after tokens were taken back is what it answers without them.
+
+    The last `decoded` of 115 tokens came one by one. Back by more than the ring
+    holds beside the window, and to where the window holds everything.
+    """
+    ids, other = prompt(model, 115), prompt(model, 30, 1)
+    for settings, back in ((ALL, 40), (ALL.replace(min_context=100), 20)):
+        cache = AlayaCache(settings)
+        logits(model, cache, ids[:, : 115 - decoded])
+        for token in range(115 - decoded, 115):
+            logits(model, cache, ids[:, token : token + 1])
+        cache.crop(-back)
+        fresh = AlayaCache(settings)
+        logits(model, fresh, ids[:, : 115 - back])
+        assert cache.get_seq_length() == fresh.get_seq_length() and lows(cache) == lows(fresh)
+        for step in (slice(0, 1), slice(1, 6)):
+            mine, wanted = logits(model, cache, other[:, step]), logits(model, fresh, other[:, step])
+            # Keys of the second layer depend a little on how the first one attended.
+            torch.testing.assert_close(mine, wanted, atol=0.05, rtol=0.05)
+        for mine, wanted in zip(cache.layers, fresh.layers, strict=True):
+            for x, y in zip(mine.contents(), wanted.contents(), strict=True):
+                torch.testing.assert_close(x, y, atol=0.05, rtol=0.05)
+
+
+def check_beams(model: Any) -> None:
+    """Rows change places in every step; the host engine keeps everything too."""
+    ids = prompt(model, 95)
+    call: dict[str, Any] = {"num_beams": 2, "num_return_sequences": 2}
+    host = AlayaCache(ALL.replace(engine="host"))
+    assert generate(model, AlayaCache(ALL), ids, 3, **call) == generate(model, host, ids, 3, **call)
+
+
+def check_copies(model: Any) -> None:
+    """Copies go on by themselves, also under the other engine."""
+    ids = prompt(model, 110)
+    cache = AlayaCache(ALL)
+    logits(model, cache, ids[:, :-1])
+    before = [layer.contents()[0].clone() for layer in cache.layers]
+    wanted = generate(model, DynamicCache(), ids, 2)
+    twins = [copy.deepcopy(cache), cache.fork(ALL.replace(engine="host"))]
+    twins.append(twins[1].fork(ALL.replace(window=(2, 30))))
+    assert type(twins[1].layers[0]) is AlayaLayer and twins[2].layers[0].tokens.init == 2
+    for twin in twins:
+        assert generate(model, twin, ids, 2) == wanted
+    for layer, was in zip(cache.layers, before, strict=True):
+        assert torch.equal(layer.contents()[0], was)
+    taken = AlayaCache.from_cache(_filled(model, ids[:, :-1]), ALL)
+    assert generate(model, taken, ids, 2) == wanted
+
+
+def _filled(model: Any, ids: Tensor) -> DynamicCache:
+    cache = DynamicCache()
+    logits(model, cache, ids)
+    return cache
+
+
+def check_probe(model: Any) -> None:
+    """What is counted is what was attended; a query that keeps everything recovers everything."""
+    ids = prompt(model, 120)
+    for k, watch in ((3, [0, 10, 50, 115]), (64, [1, 40])):
+        cache = AlayaCache(ALL.replace(query=TopK(k)), probe_recovery=True)
+        logits(model, cache, ids[:, :-1])
+        for layer in cache.layers:
+            layer.probe.watch = torch.tensor(watch)
+        logits(model, cache, ids[:, -1:])
+        stats = cache.stats()
+        record = stats["layers"][0]["records"][-1]
+        assert stats["steps"] == 1 and stats["retrieved"] == k and k <= record["fetched"] <= 2 * k
+        assert record["context"] == 120 and record["touched"] == 64
+        assert record["attended"] == 120 - 64 + record["fetched"]
+        assert int(cache.retrieved_histogram(10).sum()) == sum(
+            2 * r["records"][-1]["fetched"] for r in stats["layers"].values()
+        )
+        if k == 64:
+            assert record["watched"] == record["watched_coverage"] == 1 and record["min_recovery"] > 0.999
+        else:
+            assert 0.5 <= record["watched"] <= record["watched_coverage"] <= 1 and 0 < record["recovery"] < 1
+
+
+def attend(layer: AlayaLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One pass through a layer: ``[batch, heads, m, head_dim]``."""
+    layer.update(k, v)
+    return layer.attend(q, q.shape[-1] ** -0.5).transpose(1, 2)
+
+
+def check_rows(device: str) -> None:
+    """Rows that changed places, and copies, answer as if they had been filled that way: estimates included."""
+    settings, rows = DEFAULT.replace(query=TopK(2)), [1, 0, 1]
+    k, v = torch.randn(2, 2, 2, 101, 32).to(device, torch.float16)
+    q = 3 * torch.randn(2, 4, 101, 32).to(device, torch.float16)
+    layer, wanted = DeviceLayer(settings), DeviceLayer(settings)
+    attend(layer, *(x[:, :, :-1] for x in (q, k, v)))
+    attend(wanted, *(x[rows][:, :, :-1] for x in (q, k, v)))
+    twin, other = copy.deepcopy(layer), copy.deepcopy(layer)
+    last = tuple(x[:, :, -1:] for x in (q, k, v))
+    attend(layer, last[0], last[2], last[1])
+    attend(other, *last)
+    assert torch.equal(layer.contents()[0][:, :, -1:], last[2]) and torch.equal(other.contents()[0][:, :, -1:], last[1])
+    twin.batch_select_indices(torch.tensor(rows))
+    found, truth = (attend(each, *(x[rows][:, :, -1:] for x in (q, k, v))) for each in (twin, wanted))
+    torch.testing.assert_close(found, truth, atol=1e-3, rtol=1e-3)
+    assert (found[0] - found[1]).abs().max() > 0.1
+
+
+def check_default_settings(device: str, residual: Any, dtype: torch.dtype) -> None:
+    """A step's error against dense attention is at most twice the host engine's, given the same tokens."""
+    torch.manual_seed(0)
+    batch, heads, kv_heads, dim, count = 1, 4, 2, 64, 4 + 20 + 192
+    k, v = (torch.randn(batch, kv_heads, count + 4, dim).to(device, dtype) for _ in "kv")
+    q = (5 * torch.randn(batch, heads, count + 4, dim)).to(device, dtype)
+    outs = {}
+    for engine in ("host", "device"):
+        config = DEFAULT.replace(residual=residual, engine=engine)
+        layer = DeviceLayer(config) if engine == "device" else AlayaLayer(config)
+        # The device's last tile comes from the window, while decoding.
+        first, found = count if engine == "host" else count - 2, []
+        for span in (slice(0, first), *(slice(i, i + 1) for i in range(first, count + 4))):
+            found.append(attend(layer, q[:, :, span], k[:, :, span], v[:, :, span]))
+        outs[engine] = torch.cat(found[-4:], 2).float()
+        prefill = found[0].float()
+        plain, exact = (_dense(*(x[:, :, :first].to(to) for x in (q, k, v))).float() for to in (dtype, torch.float32))
+        assert (prefill - exact).abs().max() <= 2 * (plain - exact).abs().max() + 1e-5
+    truth = _dense(q.float(), k.float(), v.float())[:, :, count:]
+    error, allowed = ((outs[engine] - truth).square().mean().sqrt() for engine in ("device", "host"))
+    assert 0 < error <= 2 * allowed
+    assert (outs["device"] - truth).abs().max() <= 2 * (outs["host"] - truth).abs().max()
+    # Both leave out the same tokens: they agree better with each other than with the truth.
+    assert (outs["device"] - outs["host"]).square().mean().sqrt() <= 0.75 * allowed
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    s = (q @ k.transpose(2, 3)).float() * q.shape[-1] ** -0.5
+    n = s.shape[-1]
+    s = s.masked_fill(~torch.ones(n, n, dtype=torch.bool, device=q.device).tril()[n - s.shape[-2] :], float("-inf"))
+    return torch.softmax(s, -1).to(q.dtype) @ v
+
+
+def check_wide_query(model: Any) -> None:
+    """Without a range, the cap decides; with room for all tokens that is dense attention."""
+    settings = ALL.replace(query=DIPR(alpha=0), max_exact=64)
+    check_generation(model, 84, 6, settings, prefill_chunk_size=37)
+
+
+def check_many_steps(model: Any, steps: int) -> None:
+    """The window gives tile after tile to the low-bit copy, store and copy grow."""
+    settings = ALL.replace(query=TopK(192))
+    check_generation(model, 60, steps, settings)

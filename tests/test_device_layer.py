@@ -1,0 +1,172 @@
+"""A cache with ``engine="device"`` in Triton's interpreter, on a CPU; the same checks run on a GPU in tests/gpu.
+
+Triton decides when it is imported, which other tests may have done: outside an interpreter this file runs itself again in one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from alaya_hf import DIPR, AlayaCache, AlayaConfig, AlayaLayer, Full, TopK
+from alaya_hf.device_layer import DeviceLayer
+from alaya_hf.errors import ConfigError, UnsupportedModelError
+from alaya_hf.probes import Probe
+from tests.gpu import layer_cases as cases
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+inside = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_interpreter")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return cases.tiny_model("cpu")
+
+
+@pytest.fixture
+def tight(monkeypatch):
+    """Store and low-bit copy grow by as little as they can: often, and while decoding."""
+    from alaya_hf.engine.device import tokens
+
+    monkeypatch.setattr(tokens, "_STORE_STEP", 8)
+    monkeypatch.setattr(tokens, "_TILE_STEP", 0)
+
+
+@pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="is inside, or a GPU runs the kernels themselves")
+def test_in_interpreter():
+    """Every test of this file that needs the interpreter."""
+    pytest.importorskip("triton")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-k",
+        "case",
+        __file__,
+    ]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@inside
+def test_case_generation_equals_dense(model, tight):
+    cases.check_generation(model, 150, 4, cases.ALL.replace(query=TopK(128)))
+
+
+@inside
+def test_case_wide_range_and_chunks_equal_dense(model, tight):
+    cases.check_wide_query(model)
+
+
+@inside
+def test_case_grows_out_of_min_context(model):
+    cases.check_min_context(model)
+
+
+@inside
+def test_case_unequal_rows(model):
+    cases.check_padding(model)
+
+
+@inside
+def test_case_crop(model):
+    cases.check_crop(model, decoded=1)
+
+
+@inside
+def test_case_beams(model):
+    cases.check_beams(model)
+
+
+@inside
+def test_case_copies(model):
+    cases.check_copies(model)
+
+
+@inside
+def test_case_rows():
+    cases.check_rows("cpu")
+
+
+@inside
+def test_case_probe(model):
+    cases.check_probe(model)
+
+
+@inside
+@pytest.mark.parametrize("residual", ["low_bit", {"kind": "block_means", "block": 32}], ids=str)
+def test_case_default_settings_agree_with_the_host(residual, tight):
+    cases.check_default_settings("cpu", residual, torch.bfloat16)
+
+
+@inside
+def test_case_other_precisions_and_features_are_refused():
+    k, layer = torch.zeros(1, 2, 3, 16), DeviceLayer(cases.DEFAULT)
+    with pytest.raises(UnsupportedModelError, match="bfloat16 or float16"):
+        layer.update(k, k)
+    layer = DeviceLayer(cases.DEFAULT.replace(store_dtype="float32"))
+    with pytest.raises(ConfigError, match="store_dtype"):
+        layer.update(k.half(), k.half())
+    layer = DeviceLayer(cases.DEFAULT)
+    layer.update(k.half(), k.half())
+    for option in ({"softcap": 20.0}, {"sinks": torch.zeros(2)}):
+        with pytest.raises(UnsupportedModelError, match="engine='host'"):
+            layer.attend(k.half(), 0.25, **option)
+
+
+UNSUPPORTED = {
+    "full": {"query": Full()},
+    "topk": {"query": TopK(5000)},
+    "index": {"index": "flat", "residual": "none"},
+    "margin": {"index": {"kind": "quantized", "margin": 2}},
+    "bits": {"index": {"kind": "quantized", "bits": 8, "margin": 0}},
+    "block": {"residual": {"kind": "block_means", "block": 16}},
+    "dense": {"dense_layers": (3,)},
+    "layer": {"layers": {2: {"query": "full"}}},
+}
+
+
+@pytest.mark.parametrize("changes", UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_unsupported_settings_raise_before_there_is_a_model(changes):
+    settings = AlayaConfig(engine="device", **changes)
+    with pytest.raises(ConfigError, match="engine='host'"):
+        AlayaCache(settings)
+    AlayaCache(settings.replace(engine="host"))
+
+
+def test_layers_choose_their_engine():
+    settings = AlayaConfig(engine="device", layers={1: {"query": "full", "engine": "host"}})
+    cache = AlayaCache(settings)
+    kinds = [type(cache._new_layer(number)) for number in range(3)]
+    assert kinds == [DeviceLayer, AlayaLayer, DeviceLayer]
+
+
+def test_observers_are_refused():
+    probe = Probe(observer=lambda *args: None)
+    with pytest.raises(ConfigError, match="engine='host'"):
+        DeviceLayer(AlayaConfig(engine="device"), probe=probe)
+
+
+def test_fields_are_checked():
+    for changes in ({"engine": "gpu"}, {"max_exact": 5000}, {"max_exact": -1}):
+        with pytest.raises(ConfigError, match=next(iter(changes))):
+            AlayaConfig(**changes)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter serves CPUs")
+def test_a_cpu_is_refused():
+    layer = DeviceLayer(AlayaConfig(query=DIPR(), engine="device"))
+    k = torch.zeros(1, 2, 3, 16, dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="CUDA"):
+        layer.update(k, k)
