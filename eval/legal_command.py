@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -76,7 +77,8 @@ def open_results(folder: Path, rank: int, count: int, config: dict[str, Any], se
         If it holds results of another configuration.
     """
     results = Results(folder, rank if count > 1 else None)
-    command = "python -m eval " + " ".join(sys.argv[1:])
+    # One entry for all processes of a run.
+    command = "python -m eval " + re.sub(r"--shard[ =]\d+/", "--shard RANK/", " ".join(sys.argv[1:]))
     about = {"commit": commit(), "hardware": hardware(), "seed": seed}
     try:
         results.begin({"command": command, "config": config, **versions(), **about})
@@ -181,7 +183,9 @@ def legal(
         Path | None, typer.Option(help="Results folder; default: results/ and the configuration.")
     ] = None,
     peers: Annotated[bool, typer.Option(help="Run the systems that need an environment of their own.")] = True,
-    timing: Annotated[bool, typer.Option(help="Time one-token passes; off where processes share the machine.")] = True,
+    timing: Annotated[
+        bool, typer.Option(help="Time one-token passes. Sharded runs, whose processes share a machine, never do.")
+    ] = True,
 ) -> None:
     """Legal tasks over systems, lengths and models; run the same command again to go on after an interruption."""
     try:
@@ -259,7 +263,8 @@ def run_items(
     prefill_model: Any = None,
     answers: list[str] | None = None,
 ) -> None:
-    """Run this process's share of the work, with a progress bar on the first process."""
+    """Run this process's share of the work, with a progress bar on the first process; sharded runs are not timed."""
+    timing = timing and count == 1
     work = take_shard(work, rank, count)
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()

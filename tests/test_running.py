@@ -223,7 +223,7 @@ def test_settings_of_a_folder_cannot_change(tmp_path):
     Results(tmp_path).begin({"config": {"items": 60, "window": (4, 16)}})
     Results(tmp_path).begin({"config": {"items": 60, "window": [4, 16]}})
     Results(tmp_path).begin({"config": {"items": 60, "window": [4, 16], "systems": ["full"]}, "command": "more"})
-    assert json.loads((tmp_path / "run.json").read_text())["later_commands"] == ["more"]
+    assert json.loads((tmp_path / "run.json").read_text())["later_runs"][0]["command"] == "more"
     with pytest.raises(ResultsError, match="items differ"):
         Results(tmp_path).begin({"config": {"items": 61, "window": (4, 16)}})
 

@@ -221,6 +221,10 @@ def _run_facts(results: Results) -> list[tuple[str, str]]:
     )
     facts.append(("versions", str(told or "not recorded")))
     facts += [(name, str(run.get(name, "not recorded"))) for name in ("commit", "date", "seed", "command")]
+    for later in run.get("later_runs", []):
+        told = ", ".join(f"{name} {version}" for name, version in (later.get("versions") or {}).items())
+        parts = [later.get("command"), later.get("hardware"), told, later.get("commit"), later.get("date")]
+        facts.append(("later run", "; ".join(str(part) for part in parts if part)))
     intervals = (
         f"percentile bootstrap, {RESAMPLES:,} resamples of whole documents, {CONFIDENCE:.0%}; paired item by item"
     )

@@ -14,6 +14,9 @@ KEY = ("model", "task", "length", "system", "item")
 #: Parts of a configuration that choose rows and do not change them.
 SELECTIONS = {"models", "tasks", "systems", "lengths"}
 
+#: What may differ from one run into a folder to the next, and is kept of each.
+ABOUT = ("command", "versions", "commit", "hardware", "date")
+
 
 class ResultsError(ValueError):
     """A results folder that cannot be read or continued."""
@@ -67,8 +70,9 @@ class Results:
                 )
             for key in SELECTIONS & {*old}:
                 old[key] = list(dict.fromkeys([*old[key], *new.get(key, [])]))
-            if run.get("command") not in (held.get("command"), *held.get("later_commands", [])):
-                held.setdefault("later_commands", []).append(run.get("command"))
+            about = {key: run.get(key) for key in ABOUT}
+            if about not in ({key: held.get(key) for key in ABOUT}, *held.get("later_runs", [])):
+                held.setdefault("later_runs", []).append(about)
             run = held
         # Whole or not at all, also where several processes begin at once.
         temporary = path.with_name(f"{self._rows.stem}.run.tmp")
