@@ -5,10 +5,6 @@ Triton decides when it is imported, which other tests may have done: outside an 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -17,8 +13,8 @@ from alaya_hf.device_layer import DeviceLayer
 from alaya_hf.errors import ConfigError, UnsupportedModelError
 from alaya_hf.probes import Probe
 from tests.gpu import layer_cases as cases
+from tests.interpreted import INTERPRETED, run_cases
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_interpreter")
 
 
@@ -40,23 +36,7 @@ def tight(monkeypatch):
 def test_in_interpreter():
     """Every test of this file that needs the interpreter."""
     pytest.importorskip("triton")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-k",
-        "case",
-        __file__,
-    ]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_cases(__file__)
 
 
 @inside
@@ -170,3 +150,12 @@ def test_a_cpu_is_refused():
     k = torch.zeros(1, 2, 3, 16, dtype=torch.bfloat16)
     with pytest.raises(ConfigError, match="CUDA"):
         layer.update(k, k)
+
+
+@pytest.mark.parametrize(
+    ("query", "expected"), [(DIPR(), 256), (DIPR(cap=7), 7), (DIPR(cap=400), 256), (TopK(300), 300)]
+)
+def test_the_smaller_limit_on_exact_tokens_holds(query, expected):
+    from alaya_hf.engine.device.plan import device_plan
+
+    assert device_plan(AlayaConfig(query=query, engine="device"), 0).cap == expected

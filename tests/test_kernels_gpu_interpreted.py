@@ -5,17 +5,14 @@ Triton decides when it is imported, which other tests may have done: outside an 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+
+from tests.interpreted import INTERPRETED, run_cases
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
     pytest.skip("a GPU runs the kernels themselves: tests/gpu", allow_module_level=True)
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_interpreter")
 
 from alaya_hf.kernels.gpu.layout import Layout  # noqa: E402
@@ -34,23 +31,7 @@ SHAPES = [
 @pytest.mark.skipif(INTERPRETED, reason="is inside")
 def test_in_interpreter():
     """Every test of this file that needs the interpreter."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-k",
-        "case",
-        __file__,
-    ]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+    run_cases(__file__)
 
 
 @pytest.fixture(params=SHAPES, ids=lambda shape: "-".join(map(str, shape[:5])))

@@ -97,11 +97,12 @@ class Runner:
         ratio = max((system.sample_ratio for system in self.systems), default=0.0)
         context = Context(self.model, filled, self.window, ratio, prefill_model=self.prefill_model)
         full = Reader(self.model, System("full").cache(context))
+        budgets = self._budgets(task, length) if any(s.matched for s in self.systems) else {}
         for item, systems in work:
             question = ids[-1:] + self.tokenizer(item.question, add_special_tokens=False).input_ids
             watch = torch.tensor(token_spans(encoded.offset_mapping, item.spans), dtype=torch.int64)
             watch = watch[watch < len(ids) - 1]
-            self._item(task, length, item, systems, context, full, question, watch, item is first)
+            self._item(task, length, item, systems, context, full, question, watch, item is first, budgets.get(item.id))
 
     def _item(
         self,
@@ -114,17 +115,20 @@ class Runner:
         question: list[int],
         watch: torch.Tensor,
         measured: bool,
+        budget: tuple[float, float] | None,
     ) -> None:
         decoder = Decoder(self.tokenizer, task)
         *head, last = question
         full.read(head)
         reference = draft(full, decoder, item, last)
         tokens = context.ids.shape[1] + len(question)
-        budget: tuple[float, float] | None = None
         # The system that sets the budget goes first.
         for system in sorted(systems, key=lambda one: (one.matched, one.name != self.budget_of)):
             if system.matched:
-                budget = budget or self._budget(task, length, item)
+                if budget is None:
+                    raise ValueError(
+                        f"no result of {self.budget_of} on {item.id}, whose budget the other systems follow"
+                    )
                 system = system.at_budget(*budget)
             if system.name == "full":
                 reader, answer = full, reference
@@ -189,10 +193,10 @@ class Runner:
         retrieval = row["retrieval"]
         return max(0.0, retrieval["attended"] - retrieval["window"]), retrieval["retrieved"]
 
-    def _budget(self, task: Task, length: int, item: Item) -> tuple[float, float]:
-        """The budget from the row of an earlier run."""
-        wanted = (self.name, task.name, length, self.budget_of, item.id)
-        for row in self.results.rows():
-            if tuple(row[key] for key in ("model", "task", "length", "system", "item")) == wanted:
-                return self._spent(row)
-        raise ValueError(f"no result of {self.budget_of} on {item.id}, whose budget the other systems follow")
+    def _budgets(self, task: Task, length: int) -> dict[str, tuple[float, float]]:
+        """The budgets that earlier runs found, by item."""
+        wanted = (self.name, task.name, length, self.budget_of)
+        keys = ("model", "task", "length", "system")
+        return {
+            row["item"]: self._spent(row) for row in self.results.rows() if tuple(row[key] for key in keys) == wanted
+        }

@@ -78,6 +78,7 @@ def device_plan(config: AlayaConfig, layer_idx: int) -> DevicePlan:
     elif isinstance(query, Recovery):
         ratio = float(query.ratio)
     elif isinstance(query, DIPR):
+        cap = cap if query.cap is None else min(cap, query.cap)
         dipr = query
     else:
         raise refuse(f"the query {query.kind!r}")
