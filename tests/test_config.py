@@ -89,8 +89,9 @@ class TestPresets:
 
     def test_published_values(self) -> None:
         """What the papers say."""
+        paper = AlayaConfig.preset("alayadb_paper")
+        assert paper.query.range(128**-0.5) == pytest.approx(50, rel=0.01) and paper.query.cap is None
         alaya = AlayaConfig.preset("alaya")
-        assert alaya.query.range(128**-0.5) == pytest.approx(50, rel=0.01)
         assert (alaya.window.init, alaya.window.local) == (128, 512)
         assert AlayaConfig.preset("topk").query == TopK(100)
         assert AlayaConfig.preset("full").query.keeps_all
@@ -112,7 +113,7 @@ class TestOverride:
 
     def test_beta_over_a_default_alpha(self) -> None:
         """Setting one of two parameters that exclude each other replaces the other."""
-        assert AlayaConfig.preset("alaya").override({"query.beta": 50}).query == DIPR(beta=50)
+        assert AlayaConfig.preset("alaya").override({"query.beta": 50}).query == DIPR(beta=50, cap=128)
         assert AlayaConfig(query=DIPR(beta=5)).override({"query.alpha": 0.5}).query == DIPR(alpha=0.5)
 
     def test_another_kind_starts_from_its_defaults(self) -> None:
