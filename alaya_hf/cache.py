@@ -12,12 +12,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from alaya_hf.attention import CacheLength
 from alaya_hf.config import AlayaConfig
+from alaya_hf.decode_graph import DecodeGraphs
 from alaya_hf.device_layer import DeviceLayer
 from alaya_hf.engine.device.plan import check_device
 from alaya_hf.engine.device.shared import DeviceShared
 from alaya_hf.errors import ConfigError, PromptMismatchError, UnsupportedMaskError, UnsupportedModelError
 from alaya_hf.layer import AlayaLayer, ForwardState
-from alaya_hf.patches import enable_once
+from alaya_hf.patches import decode_graphs, enable_once
 from alaya_hf.probes import Probe
 
 
@@ -76,6 +77,10 @@ class AlayaCache(Cache):
         self._probe_recovery = probe_recovery
         self._forward = ForwardState()
         self._shared = DeviceShared()
+        self.graphs: DecodeGraphs | None = None
+        if settings.cuda_graphs != "none" and "device" in settings.engines:
+            self.graphs = DecodeGraphs(settings.cuda_graphs)
+            decode_graphs.enable()
         self._bound = False
         self._token_ids: Tensor | None = None
         self._recording = False
@@ -273,6 +278,8 @@ class AlayaCache(Cache):
         UnsupportedMaskError
             If the mask does not cover the cached tokens or changes what was padding among them.
         """
+        if self.graphs is not None and self.graphs.capturing:
+            return  # looked at before
         self._forward.past, self._forward.valid = length - new, None
         if mask is None:
             known = next((layer for layer in self.layers if isinstance(layer, AlayaLayer)), None)
@@ -367,6 +374,8 @@ class AlayaCache(Cache):
         """Forget everything but the configuration."""
         super().reset()
         self._token_ids = None
+        if self.graphs is not None:
+            self.graphs.drop()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows."""
@@ -400,7 +409,8 @@ class AlayaCache(Cache):
         -------
         dict
             Always: ``tokens`` (columns cached), ``window_bytes`` and ``lowbit_bytes``, ``device_bytes`` (on the layers'
-            devices: the windows; with ``engine="device"`` also low-bit copies and the buffers of a step),
+            devices: the windows; with ``engine="device"`` also low-bit copies and the buffers of a step), ``captures`` and
+            ``replays`` (of decode steps as CUDA graphs),
             ``offloaded_bytes`` (host memory, shared contexts once), ``index_bytes``, ``total_bytes`` (what a DynamicCache
             would hold for these layers). With ``probe=True`` also means over decode steps and layers: ``attended``,
             ``retrieved``, ``recovery`` (with ``probe_recovery``), ``seconds_per_step`` (attention of all layers),
@@ -416,6 +426,8 @@ class AlayaCache(Cache):
             "window_bytes": window,
             "lowbit_bytes": sum(layer.lowbit_bytes for layer in layers),
             "device_bytes": window + sum(layer.lowbit_bytes for layer in driven) + self._shared.nbytes,
+            "captures": self.graphs.captures if self.graphs else 0,
+            "replays": self.graphs.replays if self.graphs else 0,
             "offloaded_bytes": offloaded,
             "index_bytes": sum(layer.index_bytes for layer in layers),
             "total_bytes": sum(

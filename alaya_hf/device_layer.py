@@ -299,8 +299,8 @@ class DeviceLayer(AlayaLayer):
         new = (query[:, :, 0], keys[:, :, 0], values[:, :, 0])
         work = self.tokens.step(*new, scaling, self.plan, self.shared, self._columns, self._alike)
         self._count(1, None)
-        # The next layer's step overwrites the workspace.
-        part = Partial(work.out.clone().unsqueeze(2), work.lse.unsqueeze(2))
+        # The next layer's step overwrites the workspace, on the same stream as whatever this layer's output is for.
+        part = Partial(work.out.unsqueeze(2), work.lse.unsqueeze(2))
         if self.probe is None:
             return [part], None
         from alaya_hf.engine.device.record import device_record

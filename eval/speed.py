@@ -24,6 +24,7 @@ from eval.environment import describe
 from eval.models import load
 from eval.plots import loglog
 from eval.report import markdown, write_csv
+from eval.speed_model import model
 from eval.synthetic import synthetic_layer
 
 app = typer.Typer(no_args_is_help=True, help="Speed, against the baseline of the same run.")
@@ -33,6 +34,7 @@ except ImportError:  # no Triton on this system
     pass
 else:
     app.command()(kernel)
+app.command()(model)
 
 
 @app.callback()

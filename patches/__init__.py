@@ -6,13 +6,16 @@ routing : Routing
     Lets unmodified ``sdpa`` and ``flash_attention_2`` models use an AlayaCache.
 prompt_guard : PromptGuard
     Refuses prompts that do not continue what an AlayaCache holds.
+decode_graphs : DecodeGraphsPatch
+    Lets a cache with ``engine="device"`` replay a model's decode step as a CUDA graph; on once there is such a cache.
 """
 
 from alaya_hf.patches.base import Patch
+from alaya_hf.patches.decode_graphs import decode_graphs
 from alaya_hf.patches.prompt_guard import prompt_guard
 from alaya_hf.patches.routing import routing
 
-__all__ = ["Patch", "enable_once", "prompt_guard", "routing"]
+__all__ = ["Patch", "decode_graphs", "enable_once", "prompt_guard", "routing"]
 
 _enabled = False
 

@@ -232,7 +232,45 @@ def check_wide_query(model: Any) -> None:
     check_generation(model, 84, 6, settings, prefill_chunk_size=37)
 
 
-def check_many_steps(model: Any, steps: int) -> None:
+def check_greedy(model: Any, ids: Tensor, new: list[list[int]]) -> None:
+    """Every token is the dense model's best, up to twice what the model's precision does to its logits."""
+    text = torch.cat([ids, torch.tensor(new, device=ids.device)], dim=1)
+    exact_model = copy.deepcopy(model).float()
+    with torch.no_grad():
+        exact, plain = exact_model(text).logits, model(text).logits.float()
+    here = slice(ids.shape[1] - 1, text.shape[1] - 1)
+    exact, plain = exact[:, here], plain[:, here]
+    slack = 2 * (plain - exact).abs().amax(dim=-1).max()
+    chosen = exact.gather(2, text[:, ids.shape[1] :, None])[..., 0]
+    best, first = exact.max(dim=-1)
+    assert (best - chosen).max() <= 2 * slack
+    assert (first == text[:, ids.shape[1] :]).float().mean() >= 0.95
+
+
+def check_many_steps(model: Any, steps: int, settings: AlayaConfig | None = None) -> AlayaCache:
     """The window gives tile after tile to the low-bit copy, store and copy grow."""
-    settings = ALL.replace(query=TopK(192))
-    check_generation(model, 60, steps, settings)
+    settings = ALL.replace(query=TopK(192)) if settings is None else settings
+    ids, cache = prompt(model, 60), AlayaCache(settings)
+    check_greedy(model, ids, generate(model, cache, ids, steps))
+    assert lows(cache)[0] >= 64
+    return cache
+
+
+def check_graphs(model: Any, mode: str, settings: AlayaConfig, ids: Tensor, new: int = 150, **kwargs: Any) -> None:
+    """Replayed steps give the tokens that single kernels do: growing, in a second turn, and after a crop."""
+    outs, caches = [], []
+    for how in ("none", mode):
+        cache = AlayaCache(settings.replace(cuda_graphs=how))
+        found = [generate(model, cache, ids, new, **kwargs)]
+        if not kwargs:
+            cache.crop(-40)
+            text = torch.cat([ids, torch.tensor(found[0], device=ids.device)], dim=1)[:, : cache.get_seq_length()]
+            more = torch.cat([text, prompt(model, 9, seed=1, rows=len(ids))], dim=1)
+            found += [generate(model, cache, more, 30), lows(cache)]
+        outs.append(found)
+        caches.append(cache)
+    assert outs[0] == outs[1]
+    assert caches[0].stats()["replays"] == 0
+    assert caches[1].stats()["replays"] >= 0.7 * new, caches[1].stats()
+    contents = [torch.stack(cache.layers[0].contents()) for cache in caches]
+    torch.testing.assert_close(contents[0], contents[1], atol=0.02, rtol=0.02)

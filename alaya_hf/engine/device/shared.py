@@ -54,6 +54,16 @@ class Counters:
                     tensor.copy_(torch.tensor(numbers, dtype=torch.int32))
         self._totals, self._lows = list(totals), list(lows)
 
+    def count_on_device(self, init: int, local: int, capacity: int) -> None:
+        """Let the device count a step; the host follows with :meth:`counted`. Capturable in a CUDA graph."""
+        from alaya_hf.kernels.gpu.window import advance
+
+        advance(self.total, self.low, init, local, capacity)
+
+    def counted(self, totals: list[int], lows: list[int]) -> None:
+        """Note what :meth:`count_on_device` made of the device's numbers."""
+        self._totals, self._lows = list(totals), list(lows)
+
 
 def after_step(count: int, low: int, init: int, local: int) -> int:
     """Tokens in the low-bit copy after a step over `count` tokens: the rule of `extend_lowbit` and `advance`."""
@@ -93,6 +103,11 @@ class DeviceShared:
         if counters is None or len(counters.total) != batch:
             counters = self._counters[device, rule] = Counters(batch, device)
         return counters
+
+    @property
+    def workspaces(self) -> list[Workspace]:
+        """All buffers there are."""
+        return list(self._workspaces.values())
 
     @property
     def nbytes(self) -> int:

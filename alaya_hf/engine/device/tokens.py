@@ -22,6 +22,7 @@ from alaya_hf.kernels.partial import Partial, merge
 from alaya_hf.storage.memory import GIB, check_host_memory
 
 _STORE_STEP = 1024  # tokens; the store grows by half, rounded up to this
+_STORE_SLACK = 4096  # tokens that it has room for beyond those of a prefill
 _TILE_STEP = 4  # tiles; the low-bit copy grows by 1/32 and this
 
 
@@ -112,6 +113,43 @@ class DeviceTokens:
         return max(0, count - self.init)
 
     @property
+    def rule(self) -> tuple[int, int, int]:
+        """What the numbers of a step depend on: layers with the same rule share counters."""
+        return self.init, self.local, self.min_context
+
+    @property
+    def keeps(self) -> int:
+        """Recent tokens that the window keeps at least."""
+        return self.ring - TILE
+
+    @property
+    def room(self) -> int:
+        """Tokens that the low-bit copy has room for."""
+        return self.records.shape[2] * TILE
+
+    @property
+    def capacity(self) -> int:
+        """Places that the store has room for."""
+        return self.store.shape[2]
+
+    @property
+    def buffers(self) -> tuple[Any, ...]:
+        """What a step reads and writes; a captured step is one over these very objects."""
+        return self.window_k, self.window_v, self.on_device, self.records
+
+    def after(self) -> tuple[list[int], list[int]]:
+        """`counts` and `lows` after one more token."""
+        lows = [after_step(count, low, self.init, self.keeps) for count, low in zip(self.counts, self.lows, strict=True)]
+        return [count + 1 for count in self.counts], lows
+
+    def settled(self, columns: int) -> bool:
+        """Whether a step over so many columns changes no buffer and follows the rule of :meth:`after`."""
+        if self.ring != self._ring_for(columns) or self.lows != [self._low_for(c, columns) for c in self.counts]:
+            return False
+        counts, lows = self.after()
+        return self._places(max(counts)) <= self.capacity and max(lows) <= self.room
+
+    @property
     def window_bytes(self) -> int:
         """Bytes of the window on the device, free slots included."""
         return 2 * self.window_k.numel() * self.window_k.element_size()
@@ -194,7 +232,7 @@ class DeviceTokens:
         """
         batch, capacity = len(self.counts), self.store.shape[2]
         if places > capacity:
-            capacity = max(places, capacity + capacity // 2)
+            capacity = max(places + (_STORE_SLACK if places > _STORE_SLACK else 0), capacity + capacity // 2)
             capacity = -(-capacity // _STORE_STEP) * _STORE_STEP
             self._set_store(self._copied_store(batch, capacity, list(range(batch)), layers))
         tiles = low // TILE
@@ -377,21 +415,19 @@ class DeviceTokens:
             # The context has outgrown `min_context`, or the ring.
             nothing = k.new_empty(batch, self.kv_heads, 0, self.layout.head_dim)
             self.append(nothing, nothing, None, columns)
-        local = self.ring - TILE if columns <= self.min_context else self.local
-        lows = [after_step(count, low, self.init, local) for count, low in zip(self.counts, self.lows, strict=True)]
-        self.reserve(max(1, self._places(max(self.counts) + 1)), max(lows), layers)
-        capacity = self.records.shape[2] * TILE
+        counts, lows = self.after()
+        self.reserve(max(1, self._places(max(counts))), max(lows), layers)
         work = shared.workspace(
-            batch, self.kv_heads, q.shape[1] // self.kv_heads, self.layout, capacity, self.init + self.ring, plan.cap,
+            batch, self.kv_heads, q.shape[1] // self.kv_heads, self.layout, self.room, self.init + self.ring, plan.cap,
             self.device, self.dtype,
         )  # fmt: skip
-        counters = shared.counters(batch, self.device, (self.init, self.local, self.min_context))
-        counters.bring_to(self.counts, self.lows, self.init, local, capacity)
+        counters = shared.counters(batch, self.device, self.rule)
+        counters.bring_to(self.counts, self.lows, self.init, self.keeps, self.room)
         decode_step(
             work, q.contiguous(), k.contiguous(), v.contiguous(), self.window_k, self.window_v, self.on_device, self.records,
-            counters.total, counters.low, self.init, local, scaling, plan.beta(scaling), plan.ratio, plan.union,
+            counters.total, counters.low, self.init, self.keeps, scaling, plan.beta(scaling), plan.ratio, plan.union,
         )  # fmt: skip
-        self.counts, self.lows = [count + 1 for count in self.counts], lows
+        self.counts, self.lows = counts, lows
         return work
 
     # Other operations -------------------------------------------------------------------------------------------------

@@ -1,0 +1,293 @@
+"""The decode step of a whole model as one CUDA graph, behind an ordinary cache."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from alaya_hf.compiled_blocks import compiled_blocks
+from alaya_hf.device_layer import DeviceLayer
+from alaya_hf.engine.device.shared import Counters
+from alaya_hf.probes import Probe
+
+if TYPE_CHECKING:
+    from alaya_hf.engine.device.tokens import DeviceTokens
+
+Forward = Callable[..., Any]
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def _one_device(model: Any) -> bool:
+    """Whether Accelerate left the model on one device: a graph belongs to one."""
+    return len(set(getattr(model, "hf_device_map", {None: 0}).values())) == 1
+
+
+@dataclass
+class _Inputs:
+    """What a step is called with: fixed values, and tensors that change from step to step."""
+
+    fixed: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, kwargs: Mapping[str, Any], columns: int) -> _Inputs | None:
+        """None where a graph could not stand in for the call."""
+        ids = kwargs.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or not ids.is_cuda:
+            return None
+        fixed: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
+        for name, value in kwargs.items():
+            if name in ("past_key_values", "attention_mask"):
+                continue
+            if isinstance(value, Tensor) and value.device == ids.device:
+                tensors[name] = value
+            elif isinstance(value, _PLAIN):
+                fixed[name] = value
+            else:
+                return None
+        asked = ("output_attentions", "output_hidden_states", "labels", "inputs_embeds")
+        if any(fixed.get(name) for name in asked) or fixed.get("return_dict") is False or fixed.get("use_cache") is False:
+            return None
+        if any(name in tensors for name in asked):
+            return None
+        if "position_ids" not in tensors:
+            # The model would take it from the cache's length, a number on the host.
+            fixed.pop("position_ids", None)
+            tensors["position_ids"] = torch.full_like(ids, columns)
+        return cls(fixed, tensors)
+
+    def key(self, model: Any) -> tuple[Any, ...]:
+        """What a graph was captured for."""
+        shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items())
+        return id(model), tuple(self.fixed.items()), shapes
+
+
+@dataclass
+class _Group:
+    """Layers that count alike: the same window over the same tokens, with the same room."""
+
+    tokens: list[DeviceTokens]
+    counters: Counters
+
+    def bring(self) -> None:
+        """Let the device's counters say what the host's do."""
+        first = self.tokens[0]
+        self.counters.bring_to(first.counts, first.lows, first.init, first.keeps, first.room)
+
+
+class DecodeGraph:
+    """A captured step: its kernels over fixed buffers.
+
+    Parameters
+    ----------
+    model
+    forward : callable
+        The model's own call.
+    inputs : _Inputs
+    cache : AlayaCache
+        Its layers' buffers and counters become part of the graph.
+    blocks : context manager
+        In which the model runs.
+    """
+
+    def __init__(self, model: Any, forward: Forward, inputs: _Inputs, cache: Any, blocks: Any) -> None:
+        self.layers: list[DeviceLayer] = cache.alaya_layers
+        self.key = inputs.key(model)
+        self.groups = self._grouped(cache)
+        self.held = [tokens.buffers for tokens in self._tokens()]
+        self.workspaces = list(cache._shared.workspaces)
+        with torch.inference_mode(False):
+            self.inputs = {name: tensor.clone() for name, tensor in inputs.tensors.items()}
+        for group in self.groups:
+            group.bring()
+        before = [(layer, layer._columns, layer._valid) for layer in self.layers]
+        numbers = [(tokens, tokens.counts, tokens.lows) for tokens in self._tokens()]
+        self.graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.inference_mode(False), torch.no_grad(), torch.cuda.graph(self.graph), blocks:
+                self.output = forward(model, **inputs.fixed, **self.inputs, past_key_values=cache)
+                for group in self.groups:
+                    first = group.tokens[0]
+                    group.counters.count_on_device(first.init, first.keeps, first.room)
+        finally:
+            # Nothing ran: the host's numbers are what they were.
+            for layer, columns, valid in before:
+                layer._columns, layer._valid, layer._pending = columns, valid, None
+            for tokens, counts, lows in numbers:
+                tokens.counts, tokens.lows = counts, lows
+        if not isinstance(self.output, ModelOutput):
+            raise TypeError(f"expected the model to return a ModelOutput, got {type(self.output).__name__}")
+
+    def _tokens(self) -> Iterator[DeviceTokens]:
+        for layer in self.layers:
+            assert layer.tokens is not None
+            yield layer.tokens
+
+    def _grouped(self, cache: Any) -> list[_Group]:
+        groups: dict[Any, _Group] = {}
+        for tokens in self._tokens():
+            key = (*tokens.rule, tokens.keeps, tokens.room, tokens.capacity)
+            if key not in groups:
+                groups[key] = _Group([], cache._shared.counters(len(tokens.counts), tokens.device, tokens.rule))
+            groups[key].tokens.append(tokens)
+        if len({id(group.counters) for group in groups.values()}) != len(groups):
+            raise RuntimeError("layers with one window have different room: they cannot share counters")
+        return list(groups.values())
+
+    def fits(self, key: tuple[Any, ...]) -> bool:
+        """Whether the next step is this one: the same call over the same buffers, with room in them."""
+        if key != self.key:
+            return False
+        for layer, held in zip(self.layers, self.held, strict=True):
+            if layer.tokens is None or any(a is not b for a, b in zip(layer.tokens.buffers, held, strict=True)):
+                return False
+        columns = self.layers[0]._columns
+        for group in self.groups:
+            first = group.tokens[0]
+            if not first.settled(columns) or any(t.counts != first.counts or t.lows != first.lows for t in group.tokens):
+                return False
+        return True
+
+    def replay(self, inputs: _Inputs, cache: Any) -> Any:
+        """Run the step; host numbers follow while the device works."""
+        for group in self.groups:
+            group.bring()
+        for name, tensor in inputs.tensors.items():
+            self.inputs[name].copy_(tensor)
+        self.graph.replay()
+        for group in self.groups:
+            counts, lows = group.tokens[0].after()
+            group.counters.counted(counts, lows)
+            for tokens in group.tokens:
+                tokens.counts, tokens.lows = counts, lows
+        for layer in self.layers:
+            layer._count(1, None)
+        # The next replay overwrites the graph's own tensors.
+        found = {
+            name: value.clone() if isinstance(value, Tensor) else value for name, value in self.output.items()
+        }  # fmt: skip
+        if "past_key_values" in found:
+            found["past_key_values"] = cache
+        return type(self.output)(**found)
+
+
+class DecodeGraphs:
+    """When to capture a step, when to replay it, and when to let the model run as it is.
+
+    The first step over new buffers runs as usual, which also compiles the kernels; with ``mode="compile"`` the second one
+    runs with compiled blocks. The next one is captured, and replayed from then on while its buffers stay what they are.
+    Cropping leaves the graph valid; a longer context than there was room for, other rows (beams) or another model do not, and
+    the step is captured again once two steps in a row have had the same buffers.
+
+    Parameters
+    ----------
+    mode : {"capture", "compile"}
+        See :class:`~alaya_hf.AlayaConfig`.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self.capturing = False
+        self.captures = self.replays = 0
+        self._graph: DecodeGraph | None = None
+        self._last: tuple[Any, list[tuple[Any, ...]]] | None = None
+        self._warm = 0
+        self._off = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DecodeGraphs:
+        """A copy of the cache has other buffers."""
+        memo[id(self)] = copy = DecodeGraphs(self.mode)
+        return copy
+
+    def drop(self) -> None:
+        """Free the graph and its memory."""
+        self._graph, self._last, self._warm = None, None, 0
+
+    def _serves(self, cache: Any, model: Any) -> bool:
+        if self._off or torch.is_grad_enabled() or torch.compiler.is_compiling() or not _one_device(model):
+            return False
+        layers = cache.layers
+        if not layers or not all(isinstance(layer, DeviceLayer) and layer.tokens is not None for layer in layers):
+            return False
+        probe: Probe | None = next((layer.probe for layer in layers if layer.probe is not None), None)
+        first = layers[0]
+        return (
+            probe is None
+            and first.device.type == "cuda"
+            and all(layer.device == first.device and layer._pending is None for layer in layers)
+        )
+
+    def __call__(self, cache: Any, model: Any, forward: Forward, kwargs: dict[str, Any]) -> Any:
+        """The model's outputs for `kwargs`: the graph's where it serves, the model's own otherwise.
+
+        Notes
+        -----
+        A mask is looked at as usual: one that changes what was padding raises. New tokens that are padding, and prepared 4-D
+        masks, are the model's own business.
+        """
+        if self.capturing or not self._serves(cache, model):
+            return forward(model, **kwargs)
+        columns = cache.get_seq_length()
+        inputs, mask = _Inputs.of(kwargs, columns), kwargs.get("attention_mask")
+        if inputs is None or (mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2)):
+            return forward(model, **kwargs)
+        cache.note_mask(mask, 1, columns + 1)
+        if cache._forward.valid is not None:
+            return forward(model, **kwargs)
+        key = inputs.key(model)
+        if self._graph is not None:
+            if self._graph.fits(key):
+                self.replays += 1
+                return self._graph.replay(inputs, cache)
+            self.drop()
+        tokens = [layer.tokens for layer in cache.layers]
+        buffers = [each.buffers for each in tokens]
+        same = self._last is not None and self._last[0] == key and _same(self._last[1], buffers)
+        settled = all(each.settled(columns) for each in tokens)
+        self._warm = self._warm + 1 if same and settled else 0
+        if self._warm == 0 or (self.mode == "compile" and self._warm == 1):
+            with self._blocks(cache, model) if self._warm else nullcontext():
+                out = forward(model, **kwargs)
+            self._last = (key, [layer.tokens.buffers for layer in cache.layers])
+            return out
+        try:
+            self.capturing = True
+            self._graph = DecodeGraph(model, forward, inputs, cache, self._blocks(cache, model))
+        except Exception as error:
+            # Whatever the model does that a graph cannot hold, it can go on without one.
+            self.drop()
+            self._off = True
+            warnings.warn(
+                f"the decode step of {type(model).__name__} could not be captured in a CUDA graph ({error}); going on without. "
+                "AlayaConfig(cuda_graphs='none') does so from the start.",
+                stacklevel=2,
+            )
+            return forward(model, **kwargs)
+        finally:
+            self.capturing = False
+        self.captures += 1
+        return self._graph.replay(inputs, cache)
+
+    @contextmanager
+    def _blocks(self, cache: Any, model: Any) -> Iterator[None]:
+        if self.mode == "compile":
+            # The same modes when compiling and when capturing: the compiler looks at them.
+            with torch.inference_mode(False), torch.no_grad(), compiled_blocks(model, type(cache)):
+                yield
+        else:
+            yield
+
+
+def _same(one: list[tuple[Any, ...]], other: list[tuple[Any, ...]]) -> bool:
+    return len(one) == len(other) and all(
+        a is b for mine, theirs in zip(one, other, strict=True) for a, b in zip(mine, theirs, strict=True)
+    )

@@ -1,0 +1,39 @@
+"""Compiled blocks answer as the model does, and leave it as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_utils import AttentionInterface
+
+from alaya_hf import AlayaCache, AlayaConfig
+from alaya_hf.compiled_blocks import compiled_blocks
+
+
+@pytest.mark.parametrize("implementation", ["alaya", "sdpa"])
+def test_equal_and_restored(implementation: str) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
+    ids = torch.randint(0, 64, (1, 80))
+    settings = AlayaConfig.preset("alaya").replace(window=(4, 16), min_context=0)
+    cache = AlayaCache(settings)
+    functions, update = dict(AttentionInterface._global_mapping), AlayaCache.update
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        for token in range(5, 8):
+            step = {"input_ids": torch.tensor([[token]]), "position_ids": torch.tensor([[cache.get_seq_length()]])}
+            with compiled_blocks(model, AlayaCache, backend="eager"):
+                found = model(**step, past_key_values=cache).logits
+            wanted = model(**step, past_key_values=twin).logits
+            torch.testing.assert_close(found, wanted)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] >= 3, "nothing was compiled"
+    assert dict(AttentionInterface._global_mapping) == functions and AlayaCache.update is update
+    assert all(layer._compiled_call_impl is None for layer in model.model.layers)
