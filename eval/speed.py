@@ -25,6 +25,7 @@ from eval.models import load
 from eval.plots import loglog
 from eval.report import markdown, write_csv
 from eval.speed_model import model
+from eval.speed_prefill import prefill
 from eval.synthetic import synthetic_layer
 
 app = typer.Typer(no_args_is_help=True, help="Speed, against the baseline of the same run.")
@@ -35,6 +36,7 @@ except ImportError:  # no Triton on this system
 else:
     app.command()(kernel)
 app.command()(model)
+app.command()(prefill)
 
 
 @app.callback()
