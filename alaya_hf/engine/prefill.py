@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from alaya_hf.kernels.attention import exact_attention
-from alaya_hf.kernels.partial import Partial, merge
+from alaya_hf.kernels.partial import Partial, merge_into
 from alaya_hf.storage import HostStore, Window
 
 
@@ -50,12 +50,12 @@ def attend_store(q: Tensor, store: HostStore, block: int, scaling: float, softca
     rows, moved = [], 0
     for row in range(q.shape[0]):
         query = q[row : row + 1]
-        parts = [Partial.empty(query.shape[:3], q.shape[3], q.device)]
+        total = Partial.empty(query.shape[:3], q.shape[3], q.device)
         for piece in store.rows[row]:
             for start in range(0, piece.length, block):
                 part = piece.kv[:, start : start + block]
                 moved += part.numel() * part.element_size()
                 part = part.to(q.device, q.dtype).unsqueeze(0)
-                parts.append(exact_attention(query, part[:, :, :, 0], part[:, :, :, 1], scaling, softcap=softcap))
-        rows.append(merge(parts))
+                merge_into(total, exact_attention(query, part[:, :, :, 0], part[:, :, :, 1], scaling, softcap=softcap))
+        rows.append(total)
     return Partial(torch.cat([part.out for part in rows]), torch.cat([part.lse for part in rows])), moved
