@@ -20,10 +20,21 @@ def attend_new(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scaling: f
     k, v : Tensor
         ``[batch, kv_heads, m, head_dim]``.
     valid : Tensor or None
-        ``[batch, m]`` bool, false where padding.
+        ``[batch, m]`` bool on the host, false where padding. Queries there see nothing.
     """
-    mask = None if valid is None else valid.to(q.device)[:, None, None, :]
-    return exact_attention(q, k, v, scaling, causal=q.shape[2] > 1, mask=mask, softcap=softcap)
+    causal = q.shape[2] > 1
+    if valid is None:
+        return exact_attention(q, k, v, scaling, causal=causal, softcap=softcap)
+    # Row by row without its padding: no mask, which the fastest implementations do not take.
+    total = Partial.empty(q.shape[:3], v.shape[-1], q.device)
+    for row in range(q.shape[0]):
+        tokens = valid[row].nonzero().flatten().to(q.device)
+        if tokens.numel():
+            packed = (x[row : row + 1].index_select(2, tokens) for x in (q, k, v))
+            part = exact_attention(*packed, scaling, causal=causal, softcap=softcap)
+            total.out[row].index_copy_(1, tokens, part.out[0])
+            total.lse[row].index_copy_(1, tokens, part.lse[0])
+    return total
 
 
 def attend_window(q: Tensor, window: Window, scaling: float, softcap: float | None) -> Partial:
