@@ -117,7 +117,8 @@ def test_tensors_keep_their_data_apart(pool):
     """Shapes and precisions of all sizes at once, also after others have come and gone."""
     made = []
     for i, (shape, dtype) in enumerate(
-        [((3, 5), torch.float32), ((1,), torch.bfloat16), ((2, 700, 2, 512), torch.float16), ((9 << 20,), torch.int8)] * 3
+        [((3, 5), torch.float32), ((1,), torch.bfloat16), ((2, 700, 2, 512), torch.float16), ((9 << 20,), torch.int8)]
+        * 3
     ):
         x = pool.allocate(shape, dtype)
         assert x.shape == shape and x.dtype == dtype and x.is_contiguous()
@@ -196,8 +197,10 @@ def test_tensors_made_in_inference_mode_can_be_written_to_later(pool):
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_limits_of_a_container(tmp_path, version):
-    names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"), 2: ("memory.max", "memory.current", "inactive_file")}  # fmt: skip
-    limit, used, dropped = names[version]
+    if version == 1:
+        limit, used, dropped = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+    else:
+        limit, used, dropped = "memory.max", "memory.current", "inactive_file"
     folder = tmp_path / "memory" if version == 1 else tmp_path
     folder.mkdir(exist_ok=True)
     (folder / limit).write_text("max\n" if version == 2 else f"{(1 << 63) - 4096}\n")

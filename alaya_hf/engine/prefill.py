@@ -30,8 +30,8 @@ def attend_new(q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scaling: f
     for row in range(q.shape[0]):
         tokens = valid[row].nonzero().flatten().to(q.device)
         if tokens.numel():
-            packed = (x[row : row + 1].index_select(2, tokens) for x in (q, k, v))
-            part = exact_attention(*packed, scaling, causal=causal, softcap=softcap)
+            queries, keys, values = (x[row : row + 1].index_select(2, tokens) for x in (q, k, v))
+            part = exact_attention(queries, keys, values, scaling, causal=causal, softcap=softcap)
             total.out[row].index_copy_(1, tokens, part.out[0])
             total.lse[row].index_copy_(1, tokens, part.lse[0])
     return total

@@ -59,7 +59,9 @@ class BlockAllocator:
         ValueError
         """
         if size <= 0 or start % LARGE or size % LARGE:
-            raise ValueError(f"expected a region whose address and size are multiples of {LARGE:,}, got {start:#x}, {size:,}")
+            raise ValueError(
+                f"expected a region whose address and size are multiples of {LARGE:,}, got {start:#x}, {size:,}"
+            )
         if any(start < other + length and other < start + size for other, length in self._regions.items()):
             raise ValueError(f"expected a region beside the others, got one at {start:#x} that overlaps")
         self._regions[start] = size

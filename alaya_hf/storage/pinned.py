@@ -81,8 +81,12 @@ def _clear_cuda_error() -> None:
         pass
 
 
+def _unregister(start: int) -> None:
+    torch.cuda.cudart().cudaHostUnregister(start)
+
+
 class _Region:
-    """One run of memory from the system, whole huge pages, registered with CUDA where there is CUDA.
+    """One run of memory from the system, whole huge pages, registered with CUDA where there is CUDA, until nobody refers to it.
 
     Raises
     ------
@@ -91,7 +95,7 @@ class _Region:
     """
 
     def __init__(self, size: int, cuda: bool) -> None:
-        self.size, self.cuda, self._registered = size, cuda, False
+        self.size = size
         self._owner: Any = None
         if hasattr(mmap, "MAP_ANONYMOUS"):
             # One huge page more than needed, never touched: the system need not align what it gives.
@@ -109,19 +113,15 @@ class _Region:
                 return
             torch.cuda.init()
             if int(torch.cuda.cudart().cudaHostRegister(self.start, size, _PORTABLE_MAPPED)) == 0:
-                self._registered = True
+                # Before the memory goes, also where a pool is forgotten instead of trimmed.
+                weakref.finalize(self, _unregister, self.start).atexit = False
                 return
             _clear_cuda_error()
             del whole
+            self._owner = None
         # No registration of ordinary memory here: CUDA's own, twelve times slower to make.
         self._owner = torch.empty(size + LARGE, dtype=torch.uint8, pin_memory=cuda)
         self.start = -(-self._owner.data_ptr() // LARGE) * LARGE
-
-    def release(self) -> None:
-        """Undo the registration; the memory goes when nothing refers to the region any more."""
-        if self._registered:
-            torch.cuda.cudart().cudaHostUnregister(self.start)
-            self._registered = False
 
 
 class PinnedPool:
@@ -248,9 +248,8 @@ class PinnedPool:
         self._stale = False
 
     def _drop(self, start: int) -> int:
-        size = self._blocks.remove(start)
-        self._regions.pop(start).release()
-        return size
+        del self._regions[start]
+        return self._blocks.remove(start)
 
     @staticmethod
     def _room() -> int:
@@ -290,8 +289,8 @@ class PinnedPool:
         return HostMemoryError(
             f"{what} needs {size:,} bytes ({size / gib:.2f} GiB) of host memory, but {free:,} bytes ({free / gib:.2f} GiB) are "
             f"free on the host, and the pool has {blocks.held - blocks.used:,} of its {blocks.held:,} bytes free, "
-            f"{blocks.largest:,} in one piece.{because} Shorten the context, use a smaller batch, delete caches that are no longer "
-            "needed, or raise the container's memory limit."
+            f"{blocks.largest:,} in one piece.{because} Shorten the context, use a smaller batch, delete caches that are no "
+            "longer needed, or raise the container's memory limit."
         )
 
 

@@ -76,7 +76,7 @@ def test_too_much_leaves_no_error_behind(pool, monkeypatch):
 
 @pytest.mark.parametrize("sizes", [[], [3], [64, 64, 64, 64, 64, 64, 7], [5, 300, 1, 200]])
 def test_blocks_arrive_whole_and_in_order(pool, sizes):
-    """The work on each block is slower than its copy, and the copy before the work of the block two earlier is done would show."""
+    """Work on a block is slower than its copy: one that does not wait for the work on the block two before it shows."""
     sources = [pool.allocate((4, n, 2, 512), torch.float32).copy_(torch.randn(4, n, 2, 512)) for n in sizes]
     found, filler = [], torch.randn(2048, 2048, device="cuda")
     for block in stream_blocks(sources, torch.device("cuda", 0)):

@@ -362,7 +362,9 @@ class DeviceTokens:
 
         The first block starts at once, while the device does something else.
         """
-        spans = [(row, start, min(low, start + size)) for row, low in enumerate(self.lows) for start in range(0, low, size)]
+        spans = [
+            (row, start, min(low, start + size)) for row, low in enumerate(self.lows) for start in range(0, low, size)
+        ]
         sources = [self.store[row, :, start:stop] for row, start, stop in spans]
         moved = sum(stop - start for _, start, stop in spans) * self.token_bytes
         return OffloadedBlocks([row for row, _, _ in spans], stream_blocks(sources, self.device), moved)

@@ -45,6 +45,10 @@ class FlashAttention2(Backend):
         assert not isinstance(function, str)
         with torch.cuda.device(q.device):
             out, lse, _ = function(
-                *tokens_first(q, k, v), softmax_scale=scaling, causal=causal, softcap=softcap or 0.0, return_attn_probs=True
+                *tokens_first(q, k, v),
+                softmax_scale=scaling,
+                causal=causal,
+                softcap=softcap or 0.0,
+                return_attn_probs=True,
             )
         return partial_of(out, lse)

@@ -25,7 +25,9 @@ class TorchCuDNN(Backend):
         version = torch.backends.cudnn.version() or 0
         if version < _OLDEST:
             return f"needs cuDNN 9.15.1 or newer, found {version}"
-        return None if torch.backends.cuda.cudnn_sdp_enabled() else "switched off (torch.backends.cuda.enable_cudnn_sdp)"
+        return (
+            None if torch.backends.cuda.cudnn_sdp_enabled() else "switched off (torch.backends.cuda.enable_cudnn_sdp)"
+        )
 
     def refuses(self, request: Request) -> str | None:
         """Small calls, other devices than Hopper and data-centre Blackwell, causal masks that are not square."""
