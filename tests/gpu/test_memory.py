@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
+from alaya_hf import AlayaConfig
+from alaya_hf.device_layer import DeviceLayer
 from alaya_hf.engine.device.stream import stream_blocks
 from alaya_hf.errors import HostMemoryError
 from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.storage import memory
-from alaya_hf.storage.pinned import PinnedPool
+from alaya_hf.storage.pinned import PinnedPool, pinned_pool
 
 pytestmark = pytest.mark.gpu
 MIB = 1 << 20
@@ -105,3 +109,29 @@ def test_giving_up_half_way_spoils_nothing(pool):
     mine = [torch.zeros(1, 65536, 2, 128, device="cuda") for _ in range(6)]
     torch.cuda.synchronize()
     assert not any(bool(x.any()) for x in mine)
+
+
+def test_a_chunked_prefill_never_holds_a_layer_at_full_precision():
+    """Four layers, chunk by chunk: beyond what stays, less on the device than one layer's keys and values. The answer is right."""
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+    tokens, chunk, kv_heads, dim, layers = 65536, 2048, 8, 128, 4
+    config = AlayaConfig(engine="device", min_context=0)
+    made = [DeviceLayer(config, i) for i in range(layers)]
+    keys, values = torch.randn(2, kv_heads, tokens, dim).bfloat16()  # on the host, for the reference
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for start in range(0, tokens, chunk):
+        k, v = (x[None, :, start : start + chunk].cuda() for x in (keys, values))
+        q = (3 * torch.randn(1, kv_heads, chunk, dim, device="cuda")).bfloat16()
+        for layer in made:
+            layer.update(k, v)
+            out = layer.attend(q, dim**-0.5)
+    stays = sum(layer.window_bytes + layer.lowbit_bytes for layer in made)
+    assert torch.cuda.max_memory_allocated() - before - stays < 2 * keys.numel() * 2
+    assert pinned_pool().stats.used >= layers * 2 * (tokens - 128) * kv_heads * dim * 2
+    query = q[0, :, -1].float().cpu()
+    scores = torch.einsum("hd,hnd->hn", query, keys.float()) * dim**-0.5
+    truth = torch.einsum("hn,hnd->hd", scores.softmax(-1), values.float())
+    torch.testing.assert_close(out[0, -1].float().cpu(), truth, atol=2e-2, rtol=2e-2)

@@ -19,15 +19,15 @@ class TorchCuDNN(Backend):
     name = "torch cuDNN"
 
     def missing(self) -> str | None:
-        """Without CUDA, a recent cuDNN, or where it was switched off."""
+        """Without CUDA or a recent cuDNN, where it was switched off, or where results have to be reproducible."""
         if not torch.cuda.is_available():
             return "no CUDA device"
         version = torch.backends.cudnn.version() or 0
         if version < _OLDEST:
             return f"needs cuDNN 9.15.1 or newer, found {version}"
-        return (
-            None if torch.backends.cuda.cudnn_sdp_enabled() else "switched off (torch.backends.cuda.enable_cudnn_sdp)"
-        )
+        if torch.are_deterministic_algorithms_enabled():
+            return "not deterministic"
+        return None if torch.backends.cuda.cudnn_sdp_enabled() else "switched off (enable_cudnn_sdp)"
 
     def refuses(self, request: Request) -> str | None:
         """Small calls, other devices than Hopper and data-centre Blackwell, causal masks that are not square."""
