@@ -112,7 +112,7 @@ def test_giving_up_half_way_spoils_nothing(pool):
 
 
 def test_a_chunked_prefill_never_holds_a_layer_at_full_precision():
-    """Four layers, chunk by chunk: beyond what stays, less on the device than one layer's keys and values. The answer is right."""
+    """Four layers, chunk by chunk: beyond what stays, less on the device than one layer's keys and values; the right answer."""
     pytest.importorskip("triton")
     torch.manual_seed(0)
     tokens, chunk, kv_heads, dim, layers = 65536, 2048, 8, 128, 4
