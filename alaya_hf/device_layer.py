@@ -277,10 +277,12 @@ class DeviceLayer(AlayaLayer):
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
     ) -> tuple[list[Partial], StepRecord | None]:
         assert self.tokens is not None
+        # The first offloaded block travels while the new tokens attend to themselves.
+        blocks = self.tokens.blocks(self.config.prefill_block) if self._columns else None
         parts = [attend_new(query, keys, values, valid, scaling, None)]
         context, moved = self._columns + query.shape[2], 0
-        if self._columns:
-            part, moved = self.tokens.attend(query, self.config.prefill_block, scaling)
+        if blocks is not None:
+            part, moved = self.tokens.attend(query, blocks, scaling)
             parts.append(part)
         moved += self._append(keys, values, valid, 0)
         if self.probe is None:

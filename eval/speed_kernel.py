@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import mmap
 import platform
 import statistics
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from alaya_hf.kernels.gpu import cut, gather, lowbit, merge, quantise, window
 from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
+from alaya_hf.storage.pinned import pinned_pool
 from eval.synthetic import _Head
 
 INIT, LOCAL, RING = 128, 512, 640
@@ -115,21 +115,6 @@ def timed(steps: list[Callable[[], Any]], repeats: int = 15) -> float:
         torch.cuda.synchronize()
         times.append(1000 * begin.elapsed_time(end) / len(steps))
     return statistics.median(times[2:])
-
-
-def host_pool(elements: int, dtype: torch.dtype) -> Tensor:
-    """Pinned host memory, from huge pages where the system has them: registered faster, and fewer pages to look up."""
-    size = elements * dtype.itemsize
-    try:
-        memory = mmap.mmap(-1, size)
-        memory.madvise(mmap.MADV_HUGEPAGE)
-        pool = torch.frombuffer(memory, dtype=dtype).zero_()
-        torch.cuda.init()
-        if int(torch.cuda.cudart().cudaHostRegister(pool.data_ptr(), size, 0)) == 0 and pool.is_pinned():
-            return pool
-    except (AttributeError, OSError):
-        pass
-    return torch.empty(elements, dtype=dtype, pin_memory=True)
 
 
 def bandwidths(pinned: Tensor) -> tuple[float, float]:
@@ -335,7 +320,7 @@ def kernel(
     kv_heads, group, d = (int(x) for x in shape.split(","))
     per_layer = [kv_heads * n * 2 * d for n in lengths]
     turns = [max(1, min(4, (1 << 20) // n)) for n in lengths]
-    pool = host_pool(max(a * b for a, b in zip(per_layer, turns, strict=True)), torch.bfloat16)
+    pool = pinned_pool().allocate((max(a * b for a, b in zip(per_layer, turns, strict=True)),), torch.bfloat16)
     inside, bus = bandwidths(pool)
     head = (
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, Python {platform.python_version()}; "

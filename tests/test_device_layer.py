@@ -5,13 +5,17 @@ Triton decides when it is imported, which other tests may have done: outside an 
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 
 from alaya_hf import DIPR, AlayaCache, AlayaConfig, AlayaLayer, Full, TopK
 from alaya_hf.device_layer import DeviceLayer
-from alaya_hf.errors import ConfigError, UnsupportedModelError
+from alaya_hf.errors import ConfigError, HostMemoryError, UnsupportedModelError
 from alaya_hf.probes import Probe
+from alaya_hf.storage import memory, pinned
+from alaya_hf.storage.pinned import PinnedPool
 from tests.gpu import layer_cases as cases
 from tests.interpreted import INTERPRETED, run_cases
 
@@ -88,6 +92,32 @@ def test_case_probe(model):
 @pytest.mark.parametrize("residual", ["low_bit", {"kind": "block_means", "block": 32}], ids=str)
 def test_case_default_settings_agree_with_the_host(residual, tight):
     cases.check_default_settings("cpu", residual, torch.bfloat16)
+
+
+@inside
+def test_case_out_of_host_memory_the_layer_goes_on_without_the_pass(monkeypatch):
+    """The store has 1,024 places in a pool of just as many bytes, and the host has no more."""
+    from alaya_hf.engine.device import tokens
+
+    monkeypatch.setattr(pinned, "FIRST", 2 << 20)
+    pool = PinnedPool()
+    monkeypatch.setattr(tokens, "pinned_pool", lambda: pool)
+    layer, twin = DeviceLayer(cases.DEFAULT), DeviceLayer(cases.DEFAULT)
+    k, v = torch.randn(2, 1, 2, 1100, 256).half()
+    q = torch.randn(1, 2, 1100, 256).half()
+    first, much, then = slice(0, 90), slice(0, 1100), slice(90, 92)
+    cases.attend(layer, q[:, :, first], k[:, :, first], v[:, :, first])
+    assert pool.stats.largest == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(memory, "available_host_memory", lambda: 0)
+        with pytest.raises(HostMemoryError, match="Shorten the context"):
+            cases.attend(layer, q[:, :, much], k[:, :, much], v[:, :, much])
+        found = cases.attend(layer, q[:, :, then], k[:, :, then], v[:, :, then])
+    cases.attend(twin, q[:, :, first], k[:, :, first], v[:, :, first])
+    assert torch.equal(found, cases.attend(twin, q[:, :, then], k[:, :, then], v[:, :, then]))
+    del layer, twin, found
+    gc.collect()
+    assert pool.trim() == pool.stats.peak and pool.stats.held == 0
 
 
 @inside

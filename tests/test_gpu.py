@@ -9,7 +9,8 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from alaya_hf import AlayaCache, AlayaConfig, Full
-from alaya_hf.kernels.attention import _plain, exact_attention
+from alaya_hf.kernels.attention import exact_attention
+from alaya_hf.kernels.exact.plain import Plain
 
 pytestmark = pytest.mark.gpu
 
@@ -58,7 +59,7 @@ def test_presets_decode_and_copies_agree(model, preset):
 def test_flash_error_is_at_most_twice_plain(dtype, causal):
     q = torch.randn(2, 8, 300, 64, device="cuda", dtype=dtype)
     k, v = torch.randn(2, 2, 2, 300, 64, device="cuda", dtype=dtype)
-    truth = _plain(q.double().float(), k.float(), v.float(), 0.125, causal, None, None)
+    truth = Plain().run(q.float(), k.float(), v.float(), 0.125, causal, None, None)
     found = exact_attention(q, k, v, 0.125, causal=causal)
     keys, values = k.repeat_interleave(4, 1), v.repeat_interleave(4, 1)
     plain = torch.nn.functional.scaled_dot_product_attention(q, keys, values, is_causal=causal).float()

@@ -15,8 +15,8 @@ if torch.cuda.is_available():
     pytest.skip("a GPU runs the kernels themselves: tests/gpu", allow_module_level=True)
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_interpreter")
 
+from alaya_hf.kernels.gpu import checks as cases  # noqa: E402
 from alaya_hf.kernels.gpu.layout import Layout  # noqa: E402
-from tests.gpu import kernel_cases as cases  # noqa: E402
 
 HALF, BF16 = torch.float16, torch.bfloat16
 # head_dim, key bits, value bits, kv heads, group, tokens per row, dtype
@@ -81,6 +81,14 @@ def test_case_merge(case):
 @inside
 def test_case_step(case):
     cases.check_step(case, beta=20.0)
+
+
+@inside
+@pytest.mark.parametrize("check", cases.CHECKS.values(), ids=cases.CHECKS)
+def test_case_every_operator_once(check):
+    """What `alaya-hf doctor` runs."""
+    for each in cases.two_cases("cpu"):
+        check(each)
 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])

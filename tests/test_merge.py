@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alaya_hf.kernels.partial import Partial, merge
+from alaya_hf.kernels.partial import Partial, merge, merge_into
 
 SHAPE, DIM = (2, 3), 5
 
@@ -52,6 +52,15 @@ splits = st.lists(st.integers(0, 40), max_size=5)
 def test_any_split_equals_the_whole(case: tuple[int, int, float], cuts: list[int]) -> None:
     logits, values = _case(*case)
     _assert_close(merge(_split(logits, values, cuts)), logits, values)
+
+
+@given(cases, splits)
+def test_merging_in_place_one_after_the_other_is_the_same(case: tuple[int, int, float], cuts: list[int]) -> None:
+    logits, values = _case(*case)
+    total = Partial.empty(SHAPE, DIM)
+    for part in _split(logits, values, cuts):
+        assert merge_into(total, part) is total
+    _assert_close(total, logits, values)
 
 
 @given(cases, splits, st.randoms(use_true_random=False))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -110,3 +111,28 @@ def run_demo(
         ).run()
     except AlayaError as error:
         _fail(error)
+
+
+@app.command("doctor")
+def run_doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain data instead of a table.")] = False,
+) -> None:
+    """Print what this machine can do: versions, memory, bandwidths, attention, and GPU kernels checked against their references.
+
+    Leaves with 1 if a check fails.
+    """
+    from rich.console import Console
+
+    from alaya_hf.cli.doctor import print_report
+    from alaya_hf.cli.machine import examine, failures
+
+    report = examine()
+    if as_json:
+        typer.echo(json.dumps(report, indent=2))
+    else:
+        print_report(report, Console())
+    found = failures(report)
+    for failure in found:
+        typer.echo(f"Error: {failure}", err=True)
+    if found:
+        raise typer.Exit(code=1)

@@ -75,3 +75,20 @@ def merge(partials: Sequence[Partial]) -> Partial:
     for partial, weight in zip(partials[1:], weights[1:], strict=True):
         out = out + partial.out * weight.unsqueeze(-1)
     return Partial(out, total)
+
+
+def merge_into(total: Partial, part: Partial) -> Partial:
+    """Merge a partial into another one in place: like :func:`merge`, with the memory of one of them.
+
+    Parameters
+    ----------
+    total : Partial
+        Overwritten with the result, which is returned.
+    part : Partial
+        Of the same shape and device, over other tokens.
+    """
+    # The share of the part; where both are empty it is 0 instead of nan.
+    share = torch.sigmoid(part.lse - total.lse).masked_fill_(torch.isneginf(part.lse), 0.0)
+    total.out.lerp_(part.out, share.unsqueeze(-1))
+    total.lse = torch.logaddexp(total.lse, part.lse)
+    return total

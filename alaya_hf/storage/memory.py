@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -11,6 +12,55 @@ from torch import Tensor
 from alaya_hf.errors import HostMemoryError
 
 GIB = 1 << 30
+
+_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_V2 = ("memory.max", "memory.current", "inactive_file")
+
+
+def _control_groups(root: Path) -> Iterator[tuple[Path, tuple[str, str, str]]]:
+    """Folders of the control groups that this process's memory counts in, innermost first, and what their files are called."""
+    groups = [(root, _V2, "/"), (root / "memory", _V1, "/")]
+    try:
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                groups.append((root, _V2, path))
+            elif "memory" in controllers.split(","):
+                groups.append((root / "memory", _V1, path))
+    except (OSError, ValueError):
+        pass
+    for base, names, path in groups:
+        folder = base / path.lstrip("/")
+        # A limit of any group above holds as well.
+        while folder.is_relative_to(base):
+            yield folder, names
+            folder = folder.parent
+
+
+def control_group_memory(root: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
+    """The tightest memory limit of a container that this process runs in.
+
+    Returns
+    -------
+    limit, free : int
+        Bytes allowed, and bytes left of them; file pages that can be dropped count as left. None: no limit.
+    """
+    found: list[tuple[int, int]] = []
+    for folder, (limit_file, used_file, dropped) in _control_groups(root):
+        try:
+            limit = int((folder / limit_file).read_text(encoding="ascii"))
+            used = int((folder / used_file).read_text(encoding="ascii"))
+        except (OSError, ValueError):  # "max" is no number: no limit
+            continue
+        try:
+            for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines():
+                if line.startswith(f"{dropped} "):
+                    used -= int(line.split()[1])
+        except (OSError, ValueError):
+            pass
+        if limit < 1 << 60:  # the first version's way to say that there is none
+            found.append((limit, min(limit, max(0, limit - used))))
+    return min(found, key=lambda pair: pair[1], default=None)
 
 
 def available_host_memory() -> int:
@@ -26,14 +76,8 @@ def available_host_memory() -> int:
     if available is None:
         # No /proc outside Linux: half of what is installed is the best that can be said without a dependency.
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-            available = min(available, max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass
-    return available
+    group = control_group_memory()
+    return available if group is None else min(available, group[1])
 
 
 def check_room(per_row: int, rows: Tensor) -> None:

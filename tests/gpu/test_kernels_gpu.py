@@ -8,8 +8,8 @@ import torch
 pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
 
+from alaya_hf.kernels.gpu import checks as cases  # noqa: E402
 from alaya_hf.kernels.gpu import lowbit, nvrtc  # noqa: E402
-from tests.gpu import kernel_cases as cases  # noqa: E402
 
 HALF, BF16 = torch.float16, torch.bfloat16
 # head_dim, key bits, value bits, kv heads, group, tokens per row, dtype, cap

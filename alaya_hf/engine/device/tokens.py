@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor
 from alaya_hf.config import WindowConfig
 from alaya_hf.engine.device.plan import DevicePlan
 from alaya_hf.engine.device.shared import DeviceShared, after_step, constant
-from alaya_hf.errors import AlayaError, HostMemoryError, NonFiniteError
+from alaya_hf.engine.device.stream import stream_blocks
+from alaya_hf.errors import AlayaError, NonFiniteError
 from alaya_hf.kernels.attention import exact_attention
 from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.quantise import quantise_tokens
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
-from alaya_hf.kernels.partial import Partial, merge
-from alaya_hf.storage.memory import GIB, check_host_memory
+from alaya_hf.kernels.partial import Partial, merge_into
+from alaya_hf.storage.pinned import pinned_pool
 
 _STORE_STEP = 1024  # tokens; the store grows by half, rounded up to this
 _STORE_SLACK = 4096  # tokens that it has room for beyond those of a prefill
@@ -37,6 +39,15 @@ def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
             return method(self, *args, **kwargs)
 
     return run
+
+
+@dataclass
+class OffloadedBlocks:
+    """Blocks of a layer's store on their way to the device: the row of each, the blocks, and their bytes together."""
+
+    rows: list[int]
+    arriving: Iterator[Tensor]
+    nbytes: int
 
 
 class DeviceTokens:
@@ -180,17 +191,9 @@ class DeviceTokens:
 
     @_on_its_device
     def _make_store(self, batch: int, capacity: int, layers: int = 1) -> Tensor:
-        """Host memory for `capacity` tokens, checked for `layers` such layers."""
-        needed = batch * capacity * self.token_bytes
-        check_host_memory(layers * needed, "the offloaded context")
-        shape = (batch, self.kv_heads, capacity, 2, self.layout.head_dim)
-        try:
-            return torch.empty(shape, dtype=self.dtype, pin_memory=self.device.type == "cuda" and capacity > 0)
-        except RuntimeError as error:
-            raise HostMemoryError(
-                f"{needed:,} bytes ({needed / GIB:.2f} GiB) of host memory could not be pinned for the offloaded context "
-                f"({error}). Shorten the context, use a smaller batch, or raise the limit on locked memory."
-            ) from error
+        """Pinned host memory for `capacity` tokens, checked for `layers` such layers."""
+        pinned_pool().check_room(layers * batch * capacity * self.token_bytes, "the offloaded context")
+        return pinned_pool().allocate((batch, self.kv_heads, capacity, 2, self.layout.head_dim), self.dtype)
 
     @_on_its_device
     def _set_store(self, store: Tensor) -> None:
@@ -353,15 +356,29 @@ class DeviceTokens:
 
     # Attention --------------------------------------------------------------------------------------------------------
 
-    def attend(self, q: Tensor, block: int, scaling: float) -> tuple[Partial, int]:
-        """Exact attention of new tokens to everything held; offloaded tokens come to the device block by block.
+    @_on_its_device
+    def blocks(self, size: int) -> OffloadedBlocks:
+        """What :meth:`attend` reads: the places in the low-bit copy on their way to the device, `size` tokens at a time.
+
+        The first block starts at once, while the device does something else.
+        """
+        spans = [
+            (row, start, min(low, start + size)) for row, low in enumerate(self.lows) for start in range(0, low, size)
+        ]
+        sources = [self.store[row, :, start:stop] for row, start, stop in spans]
+        moved = sum(stop - start for _, start, stop in spans) * self.token_bytes
+        return OffloadedBlocks([row for row, _, _ in spans], stream_blocks(sources, self.device), moved)
+
+    @_on_its_device
+    def attend(self, q: Tensor, blocks: OffloadedBlocks, scaling: float) -> tuple[Partial, int]:
+        """Exact attention of new tokens to everything held.
 
         Parameters
         ----------
         q : Tensor
             ``[batch, heads, m, head_dim]``.
-        block : int
-            Offloaded tokens on the device at a time.
+        blocks : OffloadedBlocks
+            From :meth:`blocks`, since when nothing has changed.
         scaling : float
 
         Returns
@@ -370,19 +387,17 @@ class DeviceTokens:
         bytes_moved : int
             Bytes of keys and values read from the store.
         """
-        rows, moved = [], 0
-        for row, low in enumerate(self.lows):
+        rows = []
+        for row in range(len(self.lows)):
             query, first = q[row : row + 1], min(self.counts[row], self.init)
             k, v = self._recent(row)
             k = torch.cat([self.window_k[row, :, :first], k], dim=1)[None]
             v = torch.cat([self.window_v[row, :, :first], v], dim=1)[None]
-            parts = [exact_attention(query, k, v, scaling)]
-            for start in range(0, low, block):
-                kv = self.read_store(row, start, min(low, start + block))[None]
-                parts.append(exact_attention(query, kv[:, :, :, 0], kv[:, :, :, 1], scaling))
-                moved += kv.numel() * kv.element_size()
-            rows.append(merge(parts))
-        return Partial(torch.cat([part.out for part in rows]), torch.cat([part.lse for part in rows])), moved
+            rows.append(exact_attention(query, k, v, scaling))
+        for row, kv in zip(blocks.rows, blocks.arriving, strict=True):
+            part = exact_attention(q[row : row + 1], kv[None, :, :, 0], kv[None, :, :, 1], scaling)
+            merge_into(rows[row], part)
+        return Partial(torch.cat([part.out for part in rows]), torch.cat([part.lse for part in rows])), blocks.nbytes
 
     @_on_its_device
     def step(

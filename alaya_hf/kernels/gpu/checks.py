@@ -1,6 +1,11 @@
-"""What the decode kernels must do, on any device: each check runs a kernel on poisoned buffers against its reference."""
+"""What the decode kernels must do, on any device: each check runs a kernel on poisoned buffers against its reference.
+
+The tests run them over many shapes, `alaya-hf doctor` over two. They assert, so they say nothing under ``python -O``.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +22,13 @@ class Case:
     """A layer's state: `lows[row]` tokens in the store and the low-bit copy, the window behind them."""
 
     def __init__(
-        self, d, key_bits, value_bits, kv_heads, group, lows, dtype, device, cap=5, init=4, local=40, recent=47
-    ):
+        self, d: int, key_bits: int, value_bits: int, kv_heads: int, group: int, lows: Sequence[int], dtype: torch.dtype,
+        device: torch.device | str, cap: int = 5, init: int = 4, local: int = 40, recent: int = 47,
+    ) -> None:  # fmt: skip
         self.layout = Layout(d, key_bits, value_bits)
         self.bits = (key_bits, value_bits)
         self.d, self.h, self.g, self.b = d, kv_heads, group, len(lows)
-        self.lows, self.init, self.local, self.cap = lows, init, local, cap
+        self.lows, self.init, self.local, self.cap = list(lows), init, local, cap
         self.dtype, self.device, self.scaling = dtype, torch.device(device), d**-0.5
         self.ring = local + 2 * TILE
         self.counts = [init + low + recent for low in lows]
@@ -162,7 +168,7 @@ def check_window(case: Case) -> None:
     torch.testing.assert_close(found.best, wanted.best, atol=2e-2, rtol=2e-3)
 
 
-def run_pass(case: Case, beta: float = INF, run=lowbit.lowbit_pass) -> Workspace:
+def run_pass(case: Case, beta: float = INF, run: Callable[..., None] = lowbit.lowbit_pass) -> Workspace:
     """The low-bit pass on poisoned buffers."""
     work = case.work()
     run(case.records, case.q, case.low, work.best, work.tile_max, work.scores, work.acc, work.ml, 0, work.parts,
@@ -309,3 +315,24 @@ def check_step(case: Case, beta: float = INF, ratio: float = 1.0, union: bool = 
     for row, count in enumerate(case.counts):
         assert torch.equal(store[row, :, count - case.init, 0], case.new_k[row].cpu())
         assert torch.equal(store[row, :, count - case.init, 1], case.new_v[row].cpu())
+
+
+CHECKS: dict[str, Callable[[Case], None]] = {
+    "quantise": check_quantise,
+    "extend": check_extend,
+    "window": check_window,
+    "low-bit pass": check_pass,
+    "cut": lambda case: check_cut(case, INF, 1.0),
+    "gather": lambda case: check_gather(case, True, True),
+    "merge": check_merge,
+    "step": check_step,
+}
+"""Every operator once, and a step of all of them."""
+
+
+def two_cases(device: torch.device | str) -> list[Case]:
+    """Two small layers: the two precisions of a Llama-3 shape in bfloat16, and block means in float16. Random."""
+    return [
+        Case(128, 4, 2, 2, 8, [0, 130, 320], torch.bfloat16, device, cap=32),
+        Case(64, 4, 0, 1, 3, [192, 70], torch.float16, device, cap=8),
+    ]

@@ -1,0 +1,74 @@
+"""Offloaded blocks on their way to the device, one block ahead of who reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+
+@lru_cache(maxsize=16)
+def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _copy(target: Tensor, source: Tensor) -> None:
+    # One copy per KV head, contiguous on both sides: a strided copy would go through a buffer on the host.
+    for to, part in zip(target, source, strict=True):
+        to.copy_(part, non_blocking=True)
+
+
+def stream_blocks(sources: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Bring blocks of host memory to a device, in order.
+
+    On a GPU the first copy starts at once, and the copy of the next block runs on a stream of its own while the caller's work on
+    this one runs on the current stream. The host waits for nothing.
+
+    Parameters
+    ----------
+    sources : sequence of Tensor
+        ``[kv_heads, n, 2, head_dim]`` each, one dtype, ``n`` may differ. Pinned if the device is a GPU, and written, if at all,
+        by what the current stream holds already.
+    device : torch.device
+
+    Returns
+    -------
+    iterator of Tensor ``[kv_heads, n, 2, head_dim]`` on the device
+        Each valid until the next one is asked for: for work on the current stream up to that call.
+
+    Notes
+    -----
+    Holds two blocks on the device.
+    """
+    if device.type != "cuda" or not sources:
+        return (source.to(device) for source in sources)
+    heads, _, two, dim = sources[0].shape
+    size = max(source.shape[1] for source in sources)
+    main, side = torch.cuda.current_stream(device), _copy_stream(device)
+    buffers = [torch.empty(heads, size, two, dim, dtype=sources[0].dtype, device=device) for _ in sources[:2]]
+    for buffer in buffers:
+        buffer.record_stream(side)  # whoever gives up half-way must not free what a copy still writes to
+    arrived = [torch.cuda.Event() for _ in buffers]
+    released = [torch.cuda.Event() for _ in buffers]
+    # What the current stream still does with the buffers' memory, and what it still writes to the host, comes first.
+    side.wait_stream(main)
+
+    def fetch(i: int) -> None:
+        with torch.cuda.stream(side):
+            if i >= 2:
+                side.wait_event(released[i % 2])
+            _copy(buffers[i % 2][:, : sources[i].shape[1]], sources[i])
+            arrived[i % 2].record(side)
+
+    def blocks() -> Iterator[Tensor]:
+        for i, source in enumerate(sources):
+            if i + 1 < len(sources):
+                fetch(i + 1)
+            main.wait_event(arrived[i % 2])
+            yield buffers[i % 2][:, : source.shape[1]]
+            released[i % 2].record(main)
+
+    fetch(0)
+    return blocks()
