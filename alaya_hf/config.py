@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -99,10 +99,8 @@ class AlayaConfig:
     engine : {"host", "device"}
         Who drives a decode step. ``"host"``: the offloaded part is searched and attended to on the CPU, next to the data.
         ``"device"``: kernels on a CUDA device do it all and read the exact tokens from pinned host memory, without waiting
-        for the host; needs Triton and a model in bfloat16 or float16, see :class:`alaya_hf.device_layer.DeviceLayer`.
-    max_exact : int
-        With ``engine="device"``: most offloaded tokens per query head and step that get exact attention, highest scores
-        first, up to 512; all others are estimated. ``TopK(k)`` brings its own.
+        for the host; needs Triton and a model in bfloat16 or float16, see :class:`alaya_hf.device_layer.DeviceLayer`. A
+        query without a cap is served with one of 256 tokens per query head there; at most 512 can be asked for.
     cuda_graphs : {"capture", "compile", "none"}
         With ``engine="device"``: whether a model's whole decode step is captured in a CUDA graph and replayed from the third
         token of an answer on, which takes Python out of it. ``"compile"`` also compiles the model's blocks first: about ten
@@ -132,13 +130,9 @@ class AlayaConfig:
     prefill_block: int = 8192
     store_dtype: str = "auto"
     engine: str = "host"
-    max_exact: int = 256
     cuda_graphs: str = "capture"
     sample_queries: float | None = None
     layers: Mapping[int | str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-
-    #: Limit of `max_exact`: what the selection kernel can hold at a time.
-    MAX_EXACT: ClassVar[int] = 512
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -154,10 +148,8 @@ class AlayaConfig:
             raise ConfigError(f"cuda_graphs must be one of {', '.join(CUDA_GRAPHS)}, but got {self.cuda_graphs!r}.")
         if self.store_dtype not in STORE_DTYPES:
             raise ConfigError(f"store_dtype must be one of {', '.join(STORE_DTYPES)}, but got {self.store_dtype!r}.")
-        for name, minimum in (("min_context", 0), ("max_sparse_queries", 1), ("prefill_block", 1), ("max_exact", 0)):
+        for name, minimum in (("min_context", 0), ("max_sparse_queries", 1), ("prefill_block", 1)):
             _check_int(name, getattr(self, name), minimum)
-        if self.max_exact > self.MAX_EXACT:
-            raise ConfigError(f"max_exact must be at most {self.MAX_EXACT}, but got {self.max_exact!r}.")
         if self.sample_queries is not None and not 0 <= float(self.sample_queries) <= 1:
             raise ConfigError(f"sample_queries must be in [0, 1] or null, but got {self.sample_queries!r}.")
         if not isinstance(self.dense_layers, (tuple, list)):

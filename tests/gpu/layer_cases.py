@@ -16,7 +16,7 @@ WINDOW = {"init": 4, "local": 20, "overflow": 63}
 #: Keeps every token of these tests; more than one tile needs more.
 ALL = AlayaConfig(query=TopK(64), window=WINDOW, min_context=0, engine="device", prefill_block=50)
 #: The default, two precisions, with a small window.
-DEFAULT = AlayaConfig(window=WINDOW, min_context=0, engine="device", max_exact=64)
+DEFAULT = AlayaConfig(window=WINDOW, min_context=0, engine="device", query=DIPR(cap=64))
 
 
 def tiny_model(device: str, dtype: torch.dtype = torch.float16) -> Any:
@@ -228,7 +228,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def check_wide_query(model: Any) -> None:
     """Without a range, the cap decides; with room for all tokens that is dense attention."""
-    settings = ALL.replace(query=DIPR(alpha=0), max_exact=64)
+    settings = ALL.replace(query=DIPR(alpha=0, cap=64))
     check_generation(model, 84, 6, settings, prefill_chunk_size=37)
 
 
