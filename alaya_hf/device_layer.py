@@ -231,6 +231,13 @@ class DeviceLayer(AlayaLayer):
         """Bytes of the hot set on the layer's device."""
         return 0 if self.tokens is None else self.tokens.hot_bytes
 
+    def hot_counts(self) -> tuple[int, int]:
+        """Tokens that decode steps looked up in the hot set, and those found. Waits for the device."""
+        if self.tokens is None or self.tokens.hot is None:
+            return 0, 0
+        lookups, hits = self.tokens.hot.counts.tolist()
+        return lookups, hits
+
     def token_counts(self) -> list[int]:
         """Tokens cached per row, padding excluded."""
         return [] if self.tokens is None else list(self.tokens.counts)

@@ -75,6 +75,28 @@ def test_step(case, beta, ratio, union):
     cases.check_step(case, beta, ratio, union)
 
 
+@pytest.mark.parametrize("store", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape[:5])))
+def test_eight_bit_store(shape, store):
+    case = cases.Case(*shape[:7], device="cuda", cap=shape[7], store=store)
+    cases.check_window(case)
+    cases.check_gather(case, True, True)
+    cases.check_gather(case, False, False)
+    cases.check_step(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_eight_bit_codes(dtype):
+    cases.check_codes("cuda", dtype)
+
+
+@pytest.mark.parametrize("store", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("sets, union", [(1, True), (3, False), (7, True)])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[5], SHAPES[10]], ids=lambda shape: str(shape[0]))
+def test_hot_set(shape, sets, union, store):
+    cases.check_hot_set(cases.Case(*shape[:7], device="cuda", cap=shape[7], store=store), sets, 30, union)
+
+
 def test_operators_know_their_fakes(case):
     """`torch.compile` may trace a step: schemas say what is written."""
     work = case.work()

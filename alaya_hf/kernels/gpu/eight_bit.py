@@ -48,9 +48,9 @@ def encode(x, FORMAT: tl.constexpr):
 @triton.jit
 def quantise(x, FORMAT: tl.constexpr):
     """Codes and scale of one vector, float32; NaN as the scale where a value is not finite."""
-    LARGEST: tl.constexpr = 448.0 if FORMAT == 2 else 127.0
+    PER_CODE: tl.constexpr = 1 / 448 if FORMAT == 2 else 1 / 127
     finite = tl.min((tl.abs(x) <= 3.4028234663852886e38).to(tl.int32), 0) > 0
-    scale = tl.div_rn(tl.max(tl.abs(x), 0), LARGEST)
+    scale = tl.max(tl.abs(x), 0) * PER_CODE
     some = finite & (scale > 0)
     codes = encode(tl.where(some, tl.div_rn(x, tl.where(some, scale, 1.0)), 0.0), FORMAT)
     return codes, tl.where(finite, scale, float("nan"))

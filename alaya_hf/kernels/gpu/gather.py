@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alaya_hf.kernels.gpu import eight_bit
+from alaya_hf.kernels.gpu.eight_bit import decode
 from alaya_hf.kernels.gpu.hot_set import WAYS, bid, look_up
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.op import LOG2E, check, next_power_of_2, operator
@@ -100,7 +100,7 @@ def _gather(  # type: ignore[no-untyped-def]
         if not UNION:
             mask = mask & chosen
         # tf32 holds codes and 16-bit numbers exactly.
-        s = tl.dot(q.to(tl.float32), tl.trans(eight_bit.decode(k, FORMAT)), input_precision="tf32")
+        s = tl.dot(q.to(tl.float32), tl.trans(decode(k, FORMAT)), input_precision="tf32")
         if FORMAT > 0:
             s *= k_scale[None, :]
         s = tl.where(mask, s, float("-inf"))
@@ -110,7 +110,7 @@ def _gather(  # type: ignore[no-untyped-def]
         p = tl.exp2((s - some[:, None]) * factor)
         weight = tl.sum(p, 1)
         if FORMAT > 0:
-            out = tl.dot(p * v_scale[None, :], eight_bit.decode(v, FORMAT), input_precision="tf32")
+            out = tl.dot(p * v_scale[None, :], decode(v, FORMAT), input_precision="tf32")
         else:
             out = tl.dot(p, v.to(tl.float32), input_precision="tf32")
         if LOWBIT:

@@ -122,7 +122,8 @@ class StoreFormat:
             return torch.stack([keys, values], dim=-2).to(self.dtype)
         rows = torch.zeros(*keys.shape[:-1], self.row, dtype=torch.uint8, device=keys.device)
         for side, x in enumerate((keys.float(), values.float())):
-            scale = x.abs().amax(-1, keepdim=True) / self.largest
+            # Times the inverse, which rounds alike on every device; devices divide by a number in different ways.
+            scale = x.abs().amax(-1, keepdim=True) * (1 / self.largest)
             codes = torch.where(scale > 0, x / scale, 0.0).masked_fill(~scale.isfinite(), 0.0)
             if self.dtype == torch.int8:
                 codes = codes.round().clamp(-127, 127)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alaya_hf.kernels.gpu import eight_bit
+from alaya_hf.kernels.gpu.eight_bit import quantise
 from alaya_hf.kernels.gpu.layout import TILE
 from alaya_hf.kernels.gpu.op import LOG2E, check, next_power_of_2, operator
 from alaya_hf.kernels.gpu.store_format import StoreFormat
@@ -76,12 +76,15 @@ def _window(  # type: ignore[no-untyped-def]
             room = (newest >= 0) & (newest < store_capacity)
             fits = (c < D) & room
             if FORMAT > 0:
-                kn, k_scale = eight_bit.quantise(kn.to(tl.float32), FORMAT)
-                vn, v_scale = eight_bit.quantise(vn.to(tl.float32), FORMAT)
+                k_codes, k_scale = quantise(kn.to(tl.float32), FORMAT)
+                v_codes, v_scale = quantise(vn.to(tl.float32), FORMAT)
                 tl.store(scales + here * (ROW // 4) + SCALES, k_scale, mask=room)
                 tl.store(scales + here * (ROW // 4) + SCALES + 1, v_scale, mask=room)
-            tl.store(store + here * ROW + c, kn, mask=fits)
-            tl.store(store + here * ROW + D + c, vn, mask=fits)
+            else:
+                k_codes = kn
+                v_codes = vn
+            tl.store(store + here * ROW + c, k_codes, mask=fits)
+            tl.store(store + here * ROW + D + c, v_codes, mask=fits)
 
 
 @operator("window_attention", mutates=["window_k", "window_v", "store", "best", "acc", "ml"])
