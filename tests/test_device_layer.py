@@ -91,6 +91,17 @@ def test_case_default_settings_agree_with_the_host(residual, tight):
 
 
 @inside
+def test_case_hot_set(tight):
+    cases.check_hot_set("cpu", 2, rows=1, kv_heads=1)
+
+
+@inside
+@pytest.mark.parametrize("store_dtype", ["int8", "fp8"])
+def test_case_eight_bit(store_dtype, tight):
+    cases.check_eight_bit("cpu", store_dtype)
+
+
+@inside
 def test_case_other_precisions_and_features_are_refused():
     k, layer = torch.zeros(1, 2, 3, 16), DeviceLayer(cases.DEFAULT)
     with pytest.raises(UnsupportedModelError, match="bfloat16 or float16"):
@@ -125,6 +136,17 @@ def test_unsupported_settings_raise_before_there_is_a_model(changes):
     with pytest.raises(ConfigError, match="engine='host'"):
         AlayaCache(settings)
     AlayaCache(settings.replace(engine="host"))
+
+
+def test_eight_bit_stores_need_the_device_engine():
+    for store_dtype in ("int8", "fp8"):
+        with pytest.raises(ConfigError, match="engine='device'"):
+            AlayaConfig(store_dtype=store_dtype)
+        settings = AlayaConfig(store_dtype=store_dtype, engine="device")
+        with pytest.raises(ConfigError, match="engine='device'"):
+            settings.replace(layers={1: {"engine": "host"}})
+        mixed = {1: {"engine": "host", "store_dtype": "auto"}}
+        assert settings.replace(layers=mixed).for_layer(1).store_dtype == "auto"
 
 
 def test_layers_choose_their_engine():

@@ -487,7 +487,10 @@ class DeviceTokens:
         self.records = self.records.index_select(0, index)
         self.counts, self.lows = [self.counts[row] for row in rows], [self.lows[row] for row in rows]
         self._set_store(store)
-        self.hot = None
+        if self.hot is not None and self.hot.batch == len(rows):
+            self.hot.clear()
+        else:
+            self.hot = None
 
     def row(self, row: int) -> tuple[Tensor, Tensor]:
         """Everything held of a row, in order: two ``[kv_heads, tokens, head_dim]`` on the device, copies."""

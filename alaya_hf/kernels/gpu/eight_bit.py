@@ -11,7 +11,7 @@ import triton.language as tl
 
 
 @triton.jit
-def decode(codes, FORMAT: tl.constexpr):
+def decode(codes, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
     """What is in a store as float32, scales left out. `FORMAT`: :attr:`~alaya_hf.kernels.gpu.store_format.StoreFormat.code`."""
     if FORMAT == 2:
         bits = codes.to(tl.int32)
@@ -29,7 +29,7 @@ def nearest(x):
 
 
 @triton.jit
-def encode(x, FORMAT: tl.constexpr):
+def encode(x, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Numbers of at most the largest code as codes, in the bits of an int8."""
     if FORMAT == 2:
         bits = x.to(tl.int32, bitcast=True)
@@ -46,7 +46,7 @@ def encode(x, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def quantise(x, FORMAT: tl.constexpr):
+def quantise(x, FORMAT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Codes and scale of one vector, float32; NaN as the scale where a value is not finite."""
     PER_CODE: tl.constexpr = 1 / 448 if FORMAT == 2 else 1 / 127
     finite = tl.min((tl.abs(x) <= 3.4028234663852886e38).to(tl.int32), 0) > 0

@@ -41,12 +41,12 @@ class HotSet:
         Of the tokens of a set that a step missed, the first one is inserted: the step in the upper half, in the lower half
         the more the smaller the token. Later steps outbid earlier ones, so that nothing has to be reset.
     counts : Tensor ``[2]`` int64
-        Tokens looked up and tokens found so far.
+        Tokens looked up and tokens found so far; :meth:`clear` leaves them alone.
     """
 
     def __init__(self, batch: int, kv_heads: int, sets: int, form: StoreFormat, device: torch.device) -> None:
         self.batch, self.kv_heads, self.sets, self.form = batch, kv_heads, sets, form
-        self.rows = torch.zeros(batch, kv_heads, sets * WAYS, *form.tail, dtype=form.dtype, device=device)
+        self.rows = torch.empty(batch, kv_heads, sets * WAYS, *form.tail, dtype=form.dtype, device=device)
         self.tags = torch.full((batch, kv_heads, sets, WAYS), -1, dtype=torch.int32, device=device)
         self.stamps = torch.zeros_like(self.tags)
         self.claims = torch.zeros(batch, kv_heads, sets, dtype=torch.int64, device=device)
@@ -147,7 +147,7 @@ def insert_hot_reference(
     for row in range(batch):
         for head in range(heads):
             found = missed[row, head].flatten().tolist()
-            first = {}
+            first: dict[int, tuple[int, int]] = {}
             for at, token in sorted(enumerate(found), key=lambda pair: pair[1]):
                 if token >= 0:
                     first.setdefault(token % sets, (at, token))
