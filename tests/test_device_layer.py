@@ -102,6 +102,28 @@ def test_case_eight_bit(store_dtype, tight):
 
 
 @inside
+def test_case_footprint():
+    """A row of evaluation counts the workspace, and the hot set beside what the cache has to hold."""
+    from eval.running.row import footprint
+
+    cache = AlayaCache(cases.ALL.replace(hot_bytes=2**16))
+    for tokens in (100, 1):
+        k = torch.randn(1, 2, tokens, 16).half()
+        cache.update(k, k, 0)
+        cache.layers[0].attend(k, 0.25)
+    stats, row = cache.stats(), footprint(cache)
+    assert (
+        row["device_bytes"]
+        == stats["device_bytes"]
+        == sum(stats[name] for name in ("window_bytes", "lowbit_bytes", "workspace_bytes"))
+    )
+    assert (
+        0 < row["workspace_bytes"] == stats["workspace_bytes"] and 0 < row["hot_bytes"] == stats["hot_bytes"] <= 2**16
+    )
+    assert row["full_bytes"] == 101 * 2 * 2 * 16 * 2
+
+
+@inside
 def test_case_other_precisions_and_features_are_refused():
     k, layer = torch.zeros(1, 2, 3, 16), DeviceLayer(cases.DEFAULT)
     with pytest.raises(UnsupportedModelError, match="bfloat16 or float16"):

@@ -281,7 +281,7 @@ def check_hot_set(device: str, steps: int, rows: int = 2, kv_heads: int = 2) -> 
     settings = ALL.replace(query=TopK(9))
     # One of two layers. 12 sets of 8 tokens for each row and KV head, and a little less than another one.
     budget = 2 * rows * kv_heads * (13 * (8 * (2 * 16 * 2 + 8) + 8) - 1)
-    caches = [AlayaCache(settings.replace(hot_bytes=budget)), AlayaCache(settings)]
+    caches = [AlayaCache(settings.replace(hot_bytes=budget), probe=True), AlayaCache(settings)]
     for cache in caches:
         cache._forward.layers = 2
     state = torch.randn(rows, 2 * kv_heads, 1, 16).to(device, torch.float16)
@@ -305,6 +305,9 @@ def check_hot_set(device: str, steps: int, rows: int = 2, kv_heads: int = 2) -> 
     stats, hot = caches[0].stats(), caches[0].layers[0].tokens.hot
     assert 0 < stats["hot_bytes"] <= budget // 2 and hot.sets == 12
     assert 0 < stats["hot_hits"] < stats["hot_lookups"]
+    # New tokens go to the store, those that were not found come from it.
+    misses, token = stats["hot_lookups"] - stats["hot_hits"], 2 * 16 * 2
+    assert stats["bytes_moved"] == token * (misses + rows * kv_heads * (130 - 4 + steps))
     assert stats["hot_hit_rate"] == stats["hot_hits"] / stats["hot_lookups"]
     assert caches[1].stats()["hot_bytes"] == 0 and "hot_hits" not in caches[1].stats()
     twins = copy.deepcopy(caches)
