@@ -159,6 +159,7 @@ class AlayaCache(Cache):
             settings = AlayaConfig.preset(settings)
         copy = type(self)(settings, probe=self._probe, probe_recovery=self._probe_recovery)
         copy._bound, copy._token_ids = self._bound, self._token_ids
+        copy._forward.first, copy._forward.layers = self._forward.first, self._forward.layers
         for idx, layer in enumerate(self.layers):
             if isinstance(layer, AlayaLayer):
                 if isinstance(layer, DeviceLayer) or settings.for_layer(idx).engine == "device":
@@ -408,14 +409,16 @@ class AlayaCache(Cache):
         Returns
         -------
         dict
-            Always: ``tokens`` (columns cached), ``window_bytes`` and ``lowbit_bytes``, ``device_bytes`` (on the layers'
-            devices: the windows; with ``engine="device"`` also low-bit copies and the buffers of a step), ``captures`` and
-            ``replays`` (of decode steps as CUDA graphs),
-            ``offloaded_bytes`` (host memory, shared contexts once), ``index_bytes``, ``total_bytes`` (what a DynamicCache
-            would hold for these layers). With ``probe=True`` also means over decode steps and layers: ``attended``,
-            ``retrieved``, ``recovery`` (with ``probe_recovery``), ``seconds_per_step`` (attention of all layers),
-            ``steps``, ``bytes_moved``, and per layer ``layers[i]`` the same with ``records`` of every step
-            (:class:`alaya_hf.probes.StepRecord`).
+            Always: ``tokens`` (columns cached), ``window_bytes`` and ``lowbit_bytes``, ``workspace_bytes`` (buffers of a step,
+            with ``engine="device"``), ``device_bytes`` (on the layers' devices: the windows; with ``engine="device"`` also
+            low-bit copies and workspace), ``hot_bytes`` (of the hot sets, beside ``device_bytes``), ``offloaded_bytes`` (host
+            memory, shared contexts once), ``index_bytes``, ``total_bytes`` (what a DynamicCache would hold for these layers),
+            ``captures`` and ``replays`` (of decode steps as CUDA graphs). With hot sets also ``hot_lookups`` (tokens that decode
+            steps fetched, per KV head), ``hot_hits`` (those found on the device) and ``hot_hit_rate`` (None before the first
+            lookup); reading them waits for the devices. With
+            ``probe=True`` also means over decode steps and layers: ``attended``, ``retrieved``, ``recovery`` (with
+            ``probe_recovery``), ``seconds_per_step`` (attention of all layers), ``steps``, ``bytes_moved``, and per layer
+            ``layers[i]`` the same with ``records`` of every step (:class:`alaya_hf.probes.StepRecord`).
         """
         layers = self.alaya_layers
         driven = [layer for layer in layers if isinstance(layer, DeviceLayer)]
@@ -425,7 +428,9 @@ class AlayaCache(Cache):
             "tokens": self.get_seq_length(),
             "window_bytes": window,
             "lowbit_bytes": sum(layer.lowbit_bytes for layer in layers),
+            "workspace_bytes": self._shared.nbytes,
             "device_bytes": window + sum(layer.lowbit_bytes for layer in driven) + self._shared.nbytes,
+            "hot_bytes": sum(layer.hot_bytes for layer in driven),
             "captures": self.graphs.captures if self.graphs else 0,
             "replays": self.graphs.replays if self.graphs else 0,
             "offloaded_bytes": offloaded,
@@ -441,6 +446,9 @@ class AlayaCache(Cache):
             )
             + sum(sum(layer.token_counts()) * layer.token_bytes for layer in driven),
         }
+        if stats["hot_bytes"]:
+            lookups, hits = (sum(numbers) for numbers in zip(*(layer.hot_counts() for layer in driven), strict=True))
+            stats |= {"hot_lookups": lookups, "hot_hits": hits, "hot_hit_rate": hits / lookups if lookups else None}
         probed = [layer for layer in layers if layer.probe is not None]
         if not probed:
             return stats

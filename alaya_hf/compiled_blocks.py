@@ -28,7 +28,9 @@ _waiting: list[tuple[Any, Any]] = []
 def _opaque_update(update: Callable[..., Any]) -> Callable[..., Any]:
     """The same update, which the compiler calls and does not look into; the handles stay here."""
 
-    def run(cache: Any, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def run(
+        cache: Any, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         handles = update(cache, keys, values, layer_idx, *args, **kwargs)
         if not isinstance(handles[0], KVHandle):
             return handles
@@ -87,8 +89,10 @@ def compiled_blocks(model: nn.Module, cache_class: Any, backend: str = "inductor
     attention = AttentionInterface._global_mapping
     functions = {name: attention[name] for name in (NAME, *ROUTED) if name in attention}
     update, before = cache_class.update, [block._compiled_call_impl for block, _ in calls]
-    limits = {name: 16 + 4 * len(calls) for name in ("recompile_limit", "accumulated_recompile_limit")}
-    limits = {name: max(value, getattr(dynamo.config, name)) for name, value in limits.items() if hasattr(dynamo.config, name)}
+    limits: dict[str, Any] = {name: 16 + 4 * len(calls) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    limits = {
+        name: max(value, getattr(dynamo.config, name)) for name, value in limits.items() if hasattr(dynamo.config, name)
+    }
     try:
         attention.update({name: _opaque_attention(function) for name, function in functions.items()})
         cache_class.update = _opaque_update(update)
@@ -101,4 +105,4 @@ def compiled_blocks(model: nn.Module, cache_class: Any, backend: str = "inductor
         attention.update(functions)
         cache_class.update = update
         for (block, _), call in zip(calls, before, strict=True):
-            block._compiled_call_impl = call
+            block._compiled_call_impl = call  # type: ignore[assignment]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -17,7 +17,8 @@ from alaya_hf.registry import INDEXES, QUERIES, RESIDUALS
 GROUP_MODES = ("union", "per_head")
 ENGINES = ("host", "device")
 CUDA_GRAPHS = ("capture", "compile", "none")
-STORE_DTYPES = ("auto", "float32", "float16", "bfloat16")
+STORE_DTYPES_8BIT = ("fp8", "int8")
+STORE_DTYPES = ("auto", "float32", "float16", "bfloat16", *STORE_DTYPES_8BIT)
 
 
 def _check_int(name: str, value: Any, minimum: int) -> None:
@@ -94,20 +95,24 @@ class AlayaConfig:
         longer ones are prefill and attend exactly.
     prefill_block : int
         Offloaded tokens that a prefill chunk brings to the device at a time.
-    store_dtype : {"auto", "float32", "float16", "bfloat16"}
-        Precision of the offloaded keys and values; ``"auto"`` keeps the model's.
+    store_dtype : {"auto", "float32", "float16", "bfloat16", "fp8", "int8"}
+        Precision of the offloaded keys and values; ``"auto"`` keeps the model's. ``"fp8"`` (float8_e4m3fn) and ``"int8"``, with
+        ``engine="device"`` only, halve the host memory and the bytes over the bus: 8-bit numbers and a scale per vector, see
+        :class:`~alaya_hf.kernels.gpu.store_format.StoreFormat`. ``"int8"`` has the smaller error on vectors without outliers.
     engine : {"host", "device"}
         Who drives a decode step. ``"host"``: the offloaded part is searched and attended to on the CPU, next to the data.
         ``"device"``: kernels on a CUDA device do it all and read the exact tokens from pinned host memory, without waiting
-        for the host; needs Triton and a model in bfloat16 or float16, see :class:`alaya_hf.device_layer.DeviceLayer`.
-    max_exact : int
-        With ``engine="device"``: most offloaded tokens per query head and step that get exact attention, highest scores
-        first, up to 512; all others are estimated. ``TopK(k)`` brings its own.
+        for the host; needs Triton and a model in bfloat16 or float16, see :class:`alaya_hf.device_layer.DeviceLayer`. A
+        query without a cap is served with one of 256 tokens per query head there; at most 512 can be asked for.
     cuda_graphs : {"capture", "compile", "none"}
         With ``engine="device"``: whether a model's whole decode step is captured in a CUDA graph and replayed from the third
         token of an answer on, which takes Python out of it. ``"compile"`` also compiles the model's blocks first: about ten
         seconds for 32 layers, once a process, for the fastest steps. Steps that a graph cannot hold (beams, whose memory
         moves; several devices; probes) run as usual.
+    hot_bytes : int
+        With ``engine="device"``: bytes of device memory for the hot set, exact tokens that recent steps fetched and the next
+        ones will find without crossing the bus. For the whole cache, split evenly over its layers. 0: none. A layer whose
+        share is less than 8 tokens per row and KV head has none.
     sample_queries : float, optional
         Query vectors to keep during prefill for building the index, as a share of the number of keys. None: what the
         index asks for. They are dropped once the index is built.
@@ -132,13 +137,10 @@ class AlayaConfig:
     prefill_block: int = 8192
     store_dtype: str = "auto"
     engine: str = "host"
-    max_exact: int = 256
     cuda_graphs: str = "capture"
+    hot_bytes: int = 0
     sample_queries: float | None = None
     layers: Mapping[int | str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
-
-    #: Limit of `max_exact`: what the selection kernel can hold at a time.
-    MAX_EXACT: ClassVar[int] = 512
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -154,10 +156,13 @@ class AlayaConfig:
             raise ConfigError(f"cuda_graphs must be one of {', '.join(CUDA_GRAPHS)}, but got {self.cuda_graphs!r}.")
         if self.store_dtype not in STORE_DTYPES:
             raise ConfigError(f"store_dtype must be one of {', '.join(STORE_DTYPES)}, but got {self.store_dtype!r}.")
-        for name, minimum in (("min_context", 0), ("max_sparse_queries", 1), ("prefill_block", 1), ("max_exact", 0)):
+        if self.store_dtype in STORE_DTYPES_8BIT and self.engine != "device":
+            raise ConfigError(
+                f"store_dtype={self.store_dtype!r} needs engine='device', but got engine={self.engine!r}. Set both, or store "
+                "'bfloat16'."
+            )
+        for name, minimum in (("min_context", 0), ("max_sparse_queries", 1), ("prefill_block", 1), ("hot_bytes", 0)):
             _check_int(name, getattr(self, name), minimum)
-        if self.max_exact > self.MAX_EXACT:
-            raise ConfigError(f"max_exact must be at most {self.MAX_EXACT}, but got {self.max_exact!r}.")
         if self.sample_queries is not None and not 0 <= float(self.sample_queries) <= 1:
             raise ConfigError(f"sample_queries must be in [0, 1] or null, but got {self.sample_queries!r}.")
         if not isinstance(self.dense_layers, (tuple, list)):

@@ -55,7 +55,11 @@ class _Inputs:
             else:
                 return None
         asked = ("output_attentions", "output_hidden_states", "labels", "inputs_embeds")
-        if any(fixed.get(name) for name in asked) or fixed.get("return_dict") is False or fixed.get("use_cache") is False:
+        if (
+            any(fixed.get(name) for name in asked)
+            or fixed.get("return_dict") is False
+            or fixed.get("use_cache") is False
+        ):
             return None
         if any(name in tensors for name in asked):
             return None
@@ -153,7 +157,9 @@ class DecodeGraph:
         columns = self.layers[0]._columns
         for group in self.groups:
             first = group.tokens[0]
-            if not first.settled(columns) or any(t.counts != first.counts or t.lows != first.lows for t in group.tokens):
+            if not first.settled(columns) or any(
+                t.counts != first.counts or t.lows != first.lows for t in group.tokens
+            ):
                 return False
         return True
 

@@ -14,6 +14,7 @@ from alaya_hf.engine.device.shared import DeviceShared
 from alaya_hf.engine.prefill import attend_new
 from alaya_hf.errors import AlayaError, ConfigError, UnsupportedModelError
 from alaya_hf.kernels.gpu.layout import Layout
+from alaya_hf.kernels.gpu.store_format import EIGHT_BIT, StoreFormat
 from alaya_hf.kernels.partial import Partial
 from alaya_hf.layer import AlayaLayer, ForwardState, _outside_inference_mode
 from alaya_hf.probes import Probe, StepRecord
@@ -52,7 +53,9 @@ class DeviceLayer(AlayaLayer):
     Rows share nothing: reordering, selecting or repeating them and copies of the cache copy all of their tokens, in host
     memory too, and wait for the device. Beam search over a long context is better served by ``engine="host"``.
     ``window.overflow``, ``residual.skip`` and ``max_sparse_queries`` are not used. The store grows by half when it is full,
-    which waits for the device. Keys and values are checked to be finite when more than one token comes in.
+    which waits for the device. With an 8-bit store, tokens that leave the low-bit copy for the window again (:meth:`crop`), the
+    offloaded tokens of later passes and copies of the layer are what the store gives back; copies quantise it once more. Keys
+    and values are checked to be finite when more than one token comes in.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class DeviceLayer(AlayaLayer):
         UnsupportedModelError
             For keys of another shape or precision than the kernels serve.
         ConfigError
-            Without Triton, away from a CUDA device, or for a ``store_dtype`` that is not the model's.
+            Without Triton, away from a CUDA device, or for a ``store_dtype`` that is neither the model's nor 8-bit.
         """
         super().lazy_initialization(key_states, value_states)
         # This layer's tokens lie elsewhere.
@@ -107,12 +110,15 @@ class DeviceLayer(AlayaLayer):
                 f"engine='device' serves models in bfloat16 or float16, but this one's keys are {self.dtype}. Load it with "
                 "dtype=torch.bfloat16, or use engine='host'."
             )
-        if self.config.store_dtype not in ("auto", str(self.dtype).removeprefix("torch.")):
+        name = self.config.store_dtype
+        if name not in ("auto", str(self.dtype).removeprefix("torch."), *EIGHT_BIT):
             raise ConfigError(
-                f"engine='device' stores the model's {self.dtype}, but got store_dtype={self.config.store_dtype!r}. {ADVICE}"
+                f"engine='device' stores the model's {self.dtype}, or 8 bits ({', '.join(EIGHT_BIT)}), but got "
+                f"store_dtype={name!r}. {ADVICE}"
             )
         try:
             layout = Layout(head_dim, self.plan.key_bits, self.plan.value_bits)
+            form = StoreFormat(head_dim, EIGHT_BIT.get(name, self.dtype))
         except ValueError as error:
             raise UnsupportedModelError(f"engine='device': {error}. {ADVICE}") from error
         try:
@@ -123,7 +129,7 @@ class DeviceLayer(AlayaLayer):
                 "or use engine='host'."
             ) from error
         self.tokens = DeviceTokens(
-            batch, kv_heads, layout, self.config.window, self.config.min_context, self.dtype, self.device
+            batch, kv_heads, layout, self.config.window, self.config.min_context, self.dtype, self.device, form
         )
         self.is_initialized = True
 
@@ -216,8 +222,21 @@ class DeviceLayer(AlayaLayer):
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of one token's keys and values."""
-        return 0 if self.tokens is None else self.tokens.token_bytes
+        """Bytes of one token's keys and values in the model's precision."""
+        tokens = self.tokens
+        return 0 if tokens is None else 2 * tokens.kv_heads * tokens.layout.head_dim * tokens.dtype.itemsize
+
+    @property
+    def hot_bytes(self) -> int:
+        """Bytes of the hot set on the layer's device."""
+        return 0 if self.tokens is None else self.tokens.hot_bytes
+
+    def hot_counts(self) -> tuple[int, int]:
+        """Tokens that decode steps looked up in the hot set, and those found. Waits for the device."""
+        if self.tokens is None or self.tokens.hot is None:
+            return 0, 0
+        lookups, hits = self.tokens.hot.counts.tolist()
+        return lookups, hits
 
     def token_counts(self) -> list[int]:
         """Tokens cached per row, padding excluded."""
@@ -299,6 +318,7 @@ class DeviceLayer(AlayaLayer):
         assert self.tokens is not None
         lows = list(self.tokens.lows)
         new = (query[:, :, 0], keys[:, :, 0], values[:, :, 0])
+        self.tokens.hot_budget = self.config.hot_bytes // max(1, self.forward.layers)
         work = self.tokens.step(*new, scaling, self.plan, self.shared, self._columns, self._alike)
         self._count(1, None)
         # The next layer's step overwrites the workspace, on the same stream as whatever this layer's output is for.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from alaya_hf.config import AlayaConfig
+from alaya_hf.config import STORE_DTYPES_8BIT, AlayaConfig
 from alaya_hf.engine.masks import padding_of
 from alaya_hf.engine.prefill import attend_new, attend_store, attend_window
 from alaya_hf.engine.record import decode_record
@@ -138,7 +138,9 @@ class AlayaLayer(CacheLayerMixin):
                 "AlayaConfig(index='flat', residual='none') or residual='block_means'."
             )
         self.dtype, self.device = key_states.dtype, key_states.device
-        store_dtype = self.dtype if self.config.store_dtype == "auto" else getattr(torch, self.config.store_dtype)
+        # Only the device engine has 8-bit stores, and it makes them itself.
+        name = self.config.store_dtype
+        store_dtype = self.dtype if name in ("auto", *STORE_DTYPES_8BIT) else getattr(torch, name)
         self.window = Window(batch, kv_heads, head_dim, self.config.window.init, self.dtype, self.device)
         self.store = HostStore(batch, kv_heads, head_dim, store_dtype)
         self.is_initialized = True

@@ -1,4 +1,4 @@
-"""``python -m eval speed model``: time per token of a whole model in stock ``generate``, context in place, against stock caches."""
+"""``python -m eval speed model``: time per token of a whole model in stock ``generate``, against stock caches."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -178,12 +176,16 @@ def copy_bandwidth() -> float:
 def model(
     shape: Annotated[str, typer.Option(help=f"One of {', '.join(SHAPES)}.")] = "llama-3-8b",
     contexts: Annotated[str, typer.Option(help="Context lengths, comma-separated.")] = "8192,32768,131072",
-    systems: Annotated[str, typer.Option(help="Systems, comma-separated.")] = "full,offloaded,alaya,alaya, compiled blocks",
+    systems: Annotated[
+        str, typer.Option(help="Systems, comma-separated.")
+    ] = "full,offloaded,alaya,alaya, compiled blocks",
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     new: Annotated[int, typer.Option(help="Tokens to generate per system; the offloaded cache generates 10.")] = 64,
     layers: Annotated[int, typer.Option(help="Only so many of the model's layers; 0: all.")] = 0,
     device: Annotated[str, typer.Option(help="cuda, or cpu for stock caches.")] = "cuda",
-    output: Annotated[Path, typer.Option(help="Folder for table and CSV; rows are added.")] = Path("results/speed-model"),
+    output: Annotated[Path, typer.Option(help="Folder for table and CSV; rows are added.")] = Path(
+        "results/speed-model"
+    ),
 ) -> None:
     """Time per token in stock ``generate`` over a context that is already there: random weights, synthetic keys."""
     names = _names(systems)
@@ -204,7 +206,7 @@ def model(
         for tokens in (int(n) for n in contexts.split(",")):
             keys, values = context_of(network.config, tokens, device, dtype)
             for name in names:
-                rows.append(_row(lambda name=name: measure(name, network, keys, values, batch, _steps(name, new)), tokens, batch, name))
+                rows.append(_row(name, network, keys, values, batch, new))
                 if "ms" in rows[-1] and cuda:
                     rows[-1]["floor ms"] = floor_ms(network, rows[-1], bandwidth)
                 base = next((r.get("ms") for r in rows if r["tokens"] == tokens and r["system"] == "full"), None)
@@ -228,11 +230,11 @@ def _steps(name: str, new: int) -> int:
     return min(new, 10) if name == "offloaded" else new
 
 
-def _row(run: Callable[[], dict[str, Any]], tokens: int, batch: int, name: str) -> dict[str, Any]:
+def _row(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new: int) -> dict[str, Any]:
     try:
-        return run()
+        return measure(name, model, keys, values, batch, _steps(name, new))
     except SystemFails as error:
-        return {"tokens": tokens, "batch": batch, "system": name, "not run": str(error)}
+        return {"tokens": keys.shape[2], "batch": batch, "system": name, "not run": str(error)}
 
 
 def _write(rows: list[dict[str, Any]], head: str, output: Path) -> str:

@@ -27,7 +27,9 @@ def prefill_once(model: Any, cache: Any, ids: torch.Tensor, chunk: int) -> float
     began = time.perf_counter()
     with torch.no_grad():
         for start in range(0, ids.shape[1], chunk):
-            model(input_ids=ids[:, start : start + chunk], past_key_values=cache, logits_to_keep=1).logits.argmax().item()
+            model(
+                input_ids=ids[:, start : start + chunk], past_key_values=cache, logits_to_keep=1
+            ).logits.argmax().item()
     return time.perf_counter() - began
 
 
@@ -62,7 +64,11 @@ def prefill(
                     if cuda:
                         torch.cuda.empty_cache()
                         torch.cuda.reset_peak_memory_stats()
-                    cache = DynamicCache(config=model.config) if name == "full" else AlayaCache(settings, config=model.config)
+                    cache = (
+                        DynamicCache(config=model.config)
+                        if name == "full"
+                        else AlayaCache(settings, config=model.config)
+                    )
                     times.append(prefill_once(model, cache, ids, chunk or tokens))
                     del cache
                 row = {"tokens": tokens, "system": name, "chunk": chunk or tokens, "s": min(times)}

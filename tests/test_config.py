@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alaya_hf import DIPR, AlayaCache, AlayaConfig, Flat, Full, TopK, WindowConfig
+from alaya_hf import DIPR, AlayaCache, AlayaConfig, Flat, Full, Recovery, TopK, WindowConfig
 from alaya_hf.errors import ConfigError
 
 queries = st.one_of(
     st.just(Full()),
     st.builds(TopK, st.integers(0, 10_000)),
     st.builds(DIPR, alpha=st.floats(0, 1), cap=st.none() | st.integers(1, 1000)),
+    st.builds(Recovery, st.floats(0.1, 1), cap=st.none() | st.integers(1, 1000)),
     st.builds(DIPR, beta=st.one_of(st.floats(0, 1e6), st.just(math.inf), st.integers(0, 100))),
 )
 windows = st.builds(WindowConfig, init=st.integers(0, 500), local=st.integers(1, 5000), overflow=st.integers(0, 500))
@@ -183,4 +184,5 @@ def test_dipr_ranges() -> None:
     assert DIPR(alpha=0.5).range(0.25) == pytest.approx(math.log(2) * 4)
     assert DIPR(beta=3).range(0.25) == 3 and DIPR(alpha=1.0).range(0.1) == 0
     assert not DIPR(alpha=0, cap=3).keeps_all
+    assert Recovery(1).keeps_all and not Recovery(1, cap=3).keeps_all
     assert DIPR(alpha=0).keeps_all and DIPR(beta=math.inf).keeps_all and not DIPR().keeps_all

@@ -130,7 +130,9 @@ class TestConfiguration:
             (lambda: AlayaConfig(max_sparse_queries=0), ("max_sparse_queries", "at least 1")),
             (lambda: AlayaConfig(prefill_block="8"), ("prefill_block", "'8'")),  # type: ignore[arg-type]
             (lambda: AlayaConfig(group_mode="all"), ("group_mode", "'all'", "union", "per_head")),
-            (lambda: AlayaConfig(store_dtype="int8"), ("store_dtype", "int8", "bfloat16")),
+            (lambda: AlayaConfig(store_dtype="int4"), ("store_dtype", "int4", "bfloat16", "int8")),
+            (lambda: AlayaConfig(store_dtype="int8"), ("store_dtype", "int8", "engine='device'")),
+            (lambda: AlayaConfig(hot_bytes=-1), ("hot_bytes", "-1", "at least 0")),
             (lambda: AlayaConfig(dense_layers=[-1]), ("dense_layers", "-1")),  # type: ignore[arg-type]
             (lambda: AlayaConfig(dense_layers=3), ("dense_layers", "3", "list")),  # type: ignore[arg-type]
             (lambda: AlayaConfig(query="dippr"), ("query", "dippr", "Available", "dipr", "topk")),

@@ -8,8 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alaya_hf import DIPR, AlayaConfig, Coarse, Flat, Graph, Quantized, Recovery, Sign, TopK
+from alaya_hf.engine.plan import Plan
+from alaya_hf.engine.residual.none import NoResidual
+from alaya_hf.engine.retrieval import _search
 from alaya_hf.errors import ConfigError, NonFiniteError
-from alaya_hf.storage import Segment
+from alaya_hf.storage import Piece, Segment
 
 HEADS, GROUP, DIM = 2, 3, 32
 SCALING = DIM**-0.5
@@ -114,6 +117,22 @@ def test_recovery_keeps_its_share():
         # Without its lightest token the share would not be reached: no more than needed.
         lightest = mass.masked_fill(~kept, 2).amin(-1)
         assert ((mass * kept).sum(-1) - lightest <= ratio + 1e-4).all()
+
+
+def test_a_cap_on_recovery_holds_over_several_segments():
+    """The heads that need more tokens for their share get the cap's best ones of all segments, the others their share."""
+    pieces, q, cap = [segment_of(700, seed) for seed in (1, 2)], queries(), 40
+    pieces = [Piece(segment, 700) for segment in pieces]
+    none = torch.full((HEADS, GROUP), float("-inf"))
+    found, shares = (
+        [dense(hits, 700) for hits in _search(q, pieces, Plan(query, Flat(), NoResidual(), ""), none, SCALING, none)]
+        for query in (Recovery(0.9, cap=cap), Recovery(0.9))
+    )
+    kept, share = torch.cat(found, -1), torch.cat(shares, -1)
+    scores = torch.cat([exact(piece.segment, q, 700) for piece in pieces], -1)
+    scores = scores.masked_fill(~share, float("-inf"))
+    assert torch.equal(kept, share & (scores >= scores.topk(cap).values[..., -1:]))
+    assert (share.sum(-1) > cap).any()
 
 
 @pytest.mark.parametrize("block", [16, 50])

@@ -91,6 +91,29 @@ def test_case_every_operator_once(check):
         check(each)
 
 
+@pytest.mark.parametrize("store", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[3]], ids=lambda shape: str(shape[0]))
+def test_case_eight_bit_store(shape, store):
+    case = cases.Case(*shape, device="cpu", store=store)
+    cases.check_window(case)
+    cases.check_gather(case, True, True)
+    cases.check_gather(case, False, False)
+    cases.check_step(case)
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_case_eight_bit_codes(dtype):
+    cases.check_codes("cpu", dtype)
+
+
+@inside
+@pytest.mark.parametrize("store", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("sets, union", [(1, True), (3, False)])
+def test_case_hot_set(store, sets, union):
+    cases.check_hot_set(cases.Case(64, 4, 2, 2, 3, [192, 70], HALF, "cpu", store=store), sets, 8, union)
+
+
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
 @pytest.mark.parametrize("key_bits, value_bits", [(2, 2), (4, 2), (4, 4), (8, 8), (4, 0)])
 def test_layout_holds_every_token(head_dim, key_bits, value_bits):

@@ -35,13 +35,13 @@ def _search(q: Tensor, pieces: list[Piece], plan: Plan, best: Tensor, scaling: f
         piece.segment.searcher(plan.index).search(q, piece.kv, plan.query, best, scaling, window_lse)
         for piece in pieces
     ]
-    if len(hits) == 1 or not plan.query.cut_again:
+    if len(hits) == 1 or not plan.query.cuts_segments:
         return hits
     # Each segment answered for itself; the cut over all of them is the same rule applied to what they found.
     for piece, found in zip(pieces, hits, strict=True):
         found.with_scores(q, piece.kv)
     together = torch.cat([found.as_rows() for found in hits], dim=2)
-    threshold = plan.query.threshold(together, best, scaling, window_lse)
+    threshold = plan.query.threshold_over_segments(together, best, scaling, window_lse)
     return [found.at_least(threshold) for found in hits]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from alaya_hf.errors import ConfigError
 from alaya_hf.kernels.cpu.select import kth_largest, row_max
-from alaya_hf.query.base import Query
+from alaya_hf.query.base import Query, check_cap
 from alaya_hf.registry import QUERIES
 
 
@@ -32,7 +32,7 @@ class DIPR(Query):
     cap : int, optional
         Most offloaded tokens per query head, the ones with the highest scores (and those that tie with the last). Heads whose
         attention is spread wide, the first layer's above all, otherwise hold thousands of tokens within the range. The
-        default is no cap, as in the paper.
+        default is no cap, as in the paper; ``engine="device"`` then takes 256, and serves at most 512.
 
     Notes
     -----
@@ -55,8 +55,7 @@ class DIPR(Query):
             if not 0 <= alpha <= 1:
                 raise ConfigError(f"query.alpha must be in [0, 1], but got {self.alpha!r}.")
             object.__setattr__(self, "alpha", alpha)
-        if self.cap is not None and (isinstance(self.cap, bool) or not isinstance(self.cap, int) or self.cap < 1):
-            raise ConfigError(f"query.cap must be an integer of at least 1, or none, but got {self.cap!r}.")
+        check_cap(self.cap)
 
     def range(self, scaling: float) -> float:
         """``beta`` in units of scores for this ``scaling``."""

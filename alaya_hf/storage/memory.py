@@ -125,5 +125,5 @@ def check_host_memory(needed: int, what: str) -> None:
         raise HostMemoryError(
             f"{what} needs {needed:,} bytes ({needed / GIB:.2f} GiB) of host memory, but {free:,} bytes "
             f"({free / GIB:.2f} GiB) are free. Shorten the context, use a smaller batch, or set "
-            f"store_dtype='bfloat16' to store less per token."
+            f"store_dtype='bfloat16' (with engine='device': 'int8') to store less per token."
         )

@@ -76,11 +76,17 @@ def _window(layer: AlayaLayer) -> int:
 
 
 def footprint(cache: Cache) -> dict[str, int]:
-    """``device_bytes``, what has to lie beside the model, and ``full_bytes``, what all keys and values take."""
+    """``device_bytes``, what has to lie beside the model, and ``full_bytes``, what all keys and values take.
+
+    Of an AlayaCache with ``engine="device"`` also ``workspace_bytes``, the part of ``device_bytes`` that a step works in, and
+    ``hot_bytes``, which come on top of them.
+    """
     if isinstance(cache, AlayaCache):
         stats = cache.stats()
-        held = stats["window_bytes"] + stats["lowbit_bytes"] + stats["index_bytes"]
-        return {"device_bytes": int(held), "full_bytes": int(stats["total_bytes"])}
+        held = stats["window_bytes"] + stats["lowbit_bytes"] + stats["index_bytes"] + stats["workspace_bytes"]
+        driven = any(isinstance(layer, DeviceLayer) for layer in cache.alaya_layers)
+        parts = {name: stats[name] for name in ("workspace_bytes", "hot_bytes")} if driven else {}
+        return {"device_bytes": held, "full_bytes": stats["total_bytes"]} | parts
     full = held = 0
     for layer in cache.layers:
         for recent, quantized in (("keys", "_quantized_keys"), ("values", "_quantized_values")):

@@ -16,7 +16,7 @@ WINDOW = {"init": 4, "local": 20, "overflow": 63}
 #: Keeps every token of these tests; more than one tile needs more.
 ALL = AlayaConfig(query=TopK(64), window=WINDOW, min_context=0, engine="device", prefill_block=50)
 #: The default, two precisions, with a small window.
-DEFAULT = AlayaConfig(window=WINDOW, min_context=0, engine="device", max_exact=64)
+DEFAULT = AlayaConfig(window=WINDOW, min_context=0, engine="device", query=DIPR(cap=64))
 
 
 def tiny_model(device: str, dtype: torch.dtype = torch.float16) -> Any:
@@ -228,7 +228,7 @@ def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def check_wide_query(model: Any) -> None:
     """Without a range, the cap decides; with room for all tokens that is dense attention."""
-    settings = ALL.replace(query=DIPR(alpha=0), max_exact=64)
+    settings = ALL.replace(query=DIPR(alpha=0, cap=64))
     check_generation(model, 84, 6, settings, prefill_chunk_size=37)
 
 
@@ -274,3 +274,91 @@ def check_graphs(model: Any, mode: str, settings: AlayaConfig, ids: Tensor, new:
     assert caches[1].stats()["replays"] >= 0.7 * new, caches[1].stats()
     contents = [torch.stack(cache.layers[0].contents()) for cache in caches]
     torch.testing.assert_close(contents[0], contents[1], atol=0.02, rtol=0.02)
+
+
+def check_hot_set(device: str, steps: int, rows: int = 2, kv_heads: int = 2) -> None:
+    """Bit for bit the answers without a hot set, also where places of the store get other tokens, and rows change places."""
+    settings = ALL.replace(query=TopK(9))
+    # One of two layers. 12 sets of 8 tokens for each row and KV head, and a little less than another one.
+    budget = 2 * rows * kv_heads * (13 * (8 * (2 * 16 * 2 + 8) + 8) - 1)
+    caches = [AlayaCache(settings.replace(hot_bytes=budget), probe=True), AlayaCache(settings)]
+    for cache in caches:
+        cache._forward.layers = 2
+    state = torch.randn(rows, 2 * kv_heads, 1, 16).to(device, torch.float16)
+
+    def agree(tokens: int, to: list[AlayaCache]) -> None:
+        nonlocal state
+        rows = max(1, to[0].layers[0].batch_size) if to[0].layers else len(state)
+        k, v = torch.randn(2, rows, kv_heads, tokens, 16).to(device, torch.float16)
+        # Queries change little from step to step.
+        state = (0.9 * state + 0.4 * torch.randn_like(state))[:1].expand(rows, -1, -1, -1).contiguous()
+        q = (3 * state + torch.zeros(1, 1, tokens, 1, device=device)).half()
+        outs = []
+        for cache in to:
+            cache.update(k, v, 0)
+            outs.append(cache.layers[0].attend(q, 0.25))
+        assert torch.equal(*outs)
+
+    agree(130, caches)
+    for _ in range(steps):
+        agree(1, caches)
+    stats, hot = caches[0].stats(), caches[0].layers[0].tokens.hot
+    assert 0 < stats["hot_bytes"] <= budget // 2 and hot.sets == 12
+    assert 0 < stats["hot_hits"] < stats["hot_lookups"]
+    # New tokens go to the store, those that were not found come from it.
+    misses, token = stats["hot_lookups"] - stats["hot_hits"], 2 * 16 * 2
+    assert stats["bytes_moved"] == token * (misses + rows * kv_heads * (130 - 4 + steps))
+    assert stats["hot_hit_rate"] == stats["hot_hits"] / stats["hot_lookups"]
+    assert caches[1].stats()["hot_bytes"] == 0 and "hot_hits" not in caches[1].stats()
+    twins = copy.deepcopy(caches)
+    for cache in caches:
+        cache.crop(-80 - steps)
+    agree(80, caches)
+    for _ in range(steps):
+        agree(1, caches)
+    assert caches[0].layers[0].tokens.hot is hot and caches[0].stats()["hot_hits"] > stats["hot_hits"]
+    for _ in range(steps):
+        agree(1, twins)
+    for cache in twins:
+        cache.batch_select_indices(torch.tensor([rows - 1, 0, rows - 1]))
+    for _ in range(steps):
+        agree(1, twins)
+
+
+def check_eight_bit(device: str, store_dtype: str, dtype: torch.dtype = torch.float16) -> None:
+    """A query that keeps everything errs at most twice as much as plain attention over keys and values in 8 bits."""
+    code, largest = {"int8": (torch.int8, 127), "fp8": (torch.float8_e4m3fn, 448)}[store_dtype]
+    torch.manual_seed(0)
+    k, v = (torch.randn(1, 2, 110, 32).to(device, dtype) for _ in "kv")
+    q = (4 * torch.randn(1, 4, 110, 32)).to(device, dtype)
+    layer = DeviceLayer(ALL.replace(store_dtype=store_dtype))
+    for part in (slice(0, 60), slice(60, 100)):
+        attend(layer, q[:, :, part], k[:, :, part], v[:, :, part])
+    assert layer.tokens.lows == [64] and layer.tokens.store.element_size() == 1
+    assert layer.offloaded_bytes == 96 * 2 * (2 * 32 + 16) and layer.token_bytes == 2 * 2 * 32 * 2
+    span = [slice(i, i + 1) for i in range(100, 110)]
+    found = torch.cat([attend(layer, q[:, :, i], k[:, :, i], v[:, :, i]) for i in span], 2).float()
+
+    def plain(x: Tensor) -> Tensor:
+        scale = x.float().abs().amax(-1, keepdim=True) / largest
+        codes = x.float() / scale
+        return (codes.round() if code == torch.int8 else codes).to(code).float() * scale
+
+    rough_k, rough_v = (torch.cat([x[:, :, :4].float(), plain(x[:, :, 4:])], 2) for x in (k, v))
+    truth = _dense(q.float(), k.float(), v.float())[:, :, 100:]
+    yardstick = _dense(q, rough_k.to(dtype), rough_v.to(dtype))[:, :, 100:].float()
+    assert 0 < (found - truth).square().mean().sqrt() <= 2 * (yardstick - truth).square().mean().sqrt()
+
+    def alike(x: Tensor, y: Tensor) -> None:
+        # A number half-way between two codes may go either way.
+        assert ((x.float() - y).abs() <= 4e-3 * y.abs() + 1e-3).float().mean() > 0.999
+
+    # What is read back, here and by a copy, is what a plain implementation would have kept.
+    for held in (layer.contents(), copy.deepcopy(layer).contents()):
+        for x, rough in zip(held, (rough_k, rough_v), strict=True):
+            alike(x, rough)
+    layer.crop(-60)
+    alike(layer.tokens.row(0)[0], rough_k[0, :, :50])
+    after = attend(layer, q[:, :, 60:61], k[:, :, 60:61], v[:, :, 60:61])
+    keys, values = (torch.cat([x[:, :, :50].to(dtype), y[:, :, 60:61]], 2) for x, y in ((rough_k, k), (rough_v, v)))
+    torch.testing.assert_close(after, _dense(q[:, :, 60:61], keys, values), atol=2e-2, rtol=2e-2)

@@ -62,6 +62,16 @@ def test_probe(model):
     cases.check_probe(model)
 
 
+@pytest.mark.parametrize("store_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_eight_bit(store_dtype, dtype, tight):
+    cases.check_eight_bit("cuda", store_dtype, dtype)
+
+
+def test_hot_set(tight):
+    cases.check_hot_set("cuda", 30)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("residual", ["low_bit", {"kind": "block_means", "block": 32}], ids=str)
 def test_default_settings_agree_with_the_host(residual, dtype, tight):
@@ -72,9 +82,10 @@ def test_a_hundred_steps(model):
     cases.check_many_steps(model, 100)
 
 
-def test_a_step_does_not_wait_for_the_host(model):
+@pytest.mark.parametrize("changes", [{}, {"hot_bytes": 2**20, "store_dtype": "int8"}], ids=str)
+def test_a_step_does_not_wait_for_the_host(model, changes):
     """Two steps after the first, which allocates and compiles; attention alone, because the model may wait."""
-    cache = AlayaCache(cases.DEFAULT)
+    cache = AlayaCache(cases.DEFAULT.replace(**changes))
     cases.logits(model, cache, cases.prompt(model, 150))
     layer = cache.layers[0]
     q, k = torch.randn(1, 4, 1, 16, device="cuda").half(), torch.randn(1, 2, 1, 16, device="cuda").half()

@@ -75,6 +75,28 @@ def test_step(case, beta, ratio, union):
     cases.check_step(case, beta, ratio, union)
 
 
+@pytest.mark.parametrize("store", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape[:5])))
+def test_eight_bit_store(shape, store):
+    case = cases.Case(*shape[:7], device="cuda", cap=shape[7], store=store)
+    cases.check_window(case)
+    cases.check_gather(case, True, True)
+    cases.check_gather(case, False, False)
+    cases.check_step(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_eight_bit_codes(dtype):
+    cases.check_codes("cuda", dtype)
+
+
+@pytest.mark.parametrize("store", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("sets, union", [(1, True), (3, False), (7, True)])
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[5], SHAPES[10]], ids=lambda shape: str(shape[0]))
+def test_hot_set(shape, sets, union, store):
+    cases.check_hot_set(cases.Case(*shape[:7], device="cuda", cap=shape[7], store=store), sets, 30, union)
+
+
 def test_operators_know_their_fakes(case):
     """`torch.compile` may trace a step: schemas say what is written."""
     work = case.work()
@@ -83,27 +105,32 @@ def test_operators_know_their_fakes(case):
     torch.library.opcheck(lowbit.lowbit_pass, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
-def _generation(graphed):
-    """Outputs of 150 steps, and the tokens in the low-bit copy after them."""
+def _generation(graphed, store_dtype=None, sets=0):
+    """Outputs of 150 steps, the tokens in the low-bit copy after them, and what was looked up and found in the hot set."""
     from alaya_hf.kernels.gpu.host_memory import device_view
+    from alaya_hf.kernels.gpu.hot_set import HotSet
     from alaya_hf.kernels.gpu.step import decode_step
     from alaya_hf.kernels.gpu.window import advance
 
     torch.manual_seed(0)
-    case = cases.Case(64, 4, 2, 2, 4, [64, 128], BF16, "cuda")
-    work, (keys, values) = case.work(), case.window()
-    store = torch.zeros(2, 2, 600, 2, 64, dtype=BF16, pin_memory=True)
-    store[:, :, : max(case.counts) + 1] = case.store().nan_to_num(0.0)
-    view = device_view(store)
+    case = cases.Case(64, 4, 2, 2, 4, [64, 128], BF16, "cuda", store=store_dtype)
+    work, (keys, values), form = case.work(), case.window(), case.form
+    store = torch.zeros(2, 2, 600, form.row_bytes, dtype=torch.uint8, pin_memory=True)
+    store = store.view(form.dtype).view(2, 2, 600, *form.tail)
+    exact = form.unpack(case.store()).nan_to_num(0.0)
+    store[:, :, : max(case.counts) + 1] = form.pack(exact[..., 0, :], exact[..., 1, :])
+    view, hot = device_view(store), HotSet(2, 2, sets, form, case.device) if sets else None
     steps = torch.randn(150, 2, 8, 64, device="cuda").to(BF16)
     q, k, v = (torch.zeros(2, heads, 64, dtype=BF16, device="cuda") for heads in (8, 2, 2))
 
     def step():
         place = (case.records, case.total, case.low, case.init, case.local)
-        decode_step(work, q, k, v, keys, values, view, *place, case.scaling, 15.0)
+        decode_step(work, q, k, v, keys, values, view, *place, case.scaling, 15.0, hot=hot)
         advance(case.total, case.low, case.init, case.local, cases.TILES * 64)
 
-    state = (keys, values, case.records, case.total, case.low)
+    state = [keys, values, case.records, case.total, case.low]
+    if hot is not None:
+        state += [hot.rows.view(torch.uint8), hot.tags, hot.stamps, hot.claims, hot.counts]
     before = [x.clone() for x in state]
     step()  # compiles
     for x, was in zip(state, before, strict=True):
@@ -117,11 +144,21 @@ def _generation(graphed):
         q.copy_(x), k.copy_(x[:, 2:4]), v.copy_(x[:, 4:6])
         graph.replay() if graphed else step()
         found.append(work.out.clone())
-    return torch.stack(found), case.low.tolist()
+    return torch.stack(found), case.low.tolist(), [0, 0] if hot is None else hot.counts.tolist()
 
 
 def test_graph_replays_a_generation():
     """Steps replayed from a graph equal steps run one by one, while the window overflows into the low-bit copy."""
-    (eager, low), (graphed, low_graphed) = _generation(False), _generation(True)
+    (eager, low, _), (graphed, low_graphed, _) = _generation(False), _generation(True)
     assert low == low_graphed == [192, 256]
     assert torch.equal(eager, graphed)
+
+
+@pytest.mark.parametrize("store", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+def test_graph_replays_a_generation_with_a_hot_set(store):
+    """Neither the graph nor the hot set changes a bit of the answers."""
+    (plain, *_), (eager, _, counts), (graphed, _, counts_graphed) = (
+        _generation(*how) for how in ((False, store), (False, store, 4), (True, store, 4))
+    )
+    assert torch.equal(plain, eager) and torch.equal(eager, graphed)
+    assert counts == counts_graphed and 0 < counts[1] < counts[0]

@@ -16,6 +16,11 @@ SUPPORTED = (
     "engine='device' serves the queries dipr, topk and recovery on the index 'quantized' (margin 0) with the residual "
     f"'low_bit' of as many key bits, or 'block_means' of {MEAN_BLOCK} tokens"
 )
+#: Cap of a query that brings none. A range may hold half the context, and a step has to fetch all of it over the bus; what
+#: is beyond the cap is estimated.
+DEFAULT_CAP = 256
+#: What the selection kernel can hold at a time.
+MAX_CAP = 512
 ADVICE = "Change the setting, or use engine='host' (for one layer: layers={number: {'engine': 'host'}})."
 
 
@@ -28,7 +33,8 @@ class DevicePlan:
     key_bits, value_bits : int
         Of the low-bit copy; no value bits: block means of the values.
     cap : int
-        Most offloaded tokens per query head that get exact attention, highest scores first.
+        Most offloaded tokens per query head that get exact attention, highest scores first; :data:`DEFAULT_CAP` where the
+        query has none.
     ratio : float
         Share of the attention mass that window and exact tokens have to hold; 1: not asked for.
     union : bool
@@ -70,18 +76,19 @@ def device_plan(config: AlayaConfig, layer_idx: int) -> DevicePlan:
 
     if layer_idx in config.dense_layers:
         raise refuse(f"dense_layers with layer {layer_idx}, which would attend to the whole context")
-    cap, ratio, dipr = config.max_exact, 1.0, None
+    ratio, dipr = 1.0, None
     if isinstance(query, TopK):
-        if query.k > config.MAX_EXACT:
-            raise refuse(f"topk with k={query.k} (at most {config.MAX_EXACT})")
         cap = query.k
-    elif isinstance(query, Recovery):
-        ratio = float(query.ratio)
-    elif isinstance(query, DIPR):
-        cap = cap if query.cap is None else min(cap, query.cap)
-        dipr = query
+    elif isinstance(query, (DIPR, Recovery)):
+        cap = DEFAULT_CAP if query.cap is None else query.cap
+        if isinstance(query, DIPR):
+            dipr = query
+        else:
+            ratio = float(query.ratio)
     else:
         raise refuse(f"the query {query.kind!r}")
+    if cap > MAX_CAP:
+        raise refuse(f"{query.kind} with {'k' if isinstance(query, TopK) else 'cap'}={cap} (at most {MAX_CAP})")
     if not isinstance(index, Quantized):
         raise refuse(f"the index {index.kind!r}")
     if index.margin:

@@ -56,6 +56,8 @@ def device_record(
             watched.append(float(seen.float().mean()))
             coverage.append(float(seen.flatten(0, 1).any(dim=0).float().mean()))
     probe.head_counts.append(counts.float().flatten(1).mean(dim=0))
+    # What the hot set did not have.
+    over_bus = int(fetched.sum()) if tokens.hot is None else int((work.missed >= 0).sum())
     batch, recovery = len(lows), torch.stack(ratios).mean(dim=0) if ratios else None
     window = sum(count - low for count, low in zip(tokens.counts, lows, strict=True)) / batch
     return StepRecord(
@@ -70,6 +72,6 @@ def device_record(
         min_recovery=None if recovery is None else float(recovery.min()),
         watched=sum(watched) / batch if watched else None,
         watched_coverage=sum(coverage) / batch if coverage else None,
-        bytes_moved=int(fetched.sum()) * tokens.token_bytes // tokens.kv_heads + batch * tokens.token_bytes,
+        bytes_moved=over_bus * tokens.form.row_bytes + batch * tokens.token_bytes,
         seconds=0.0,
     )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from alaya_hf.kernels.gpu.layout import TILE, Layout
+from alaya_hf.kernels.gpu.store_format import StoreFormat
 
 if TYPE_CHECKING:
     from alaya_hf.kernels.gpu.step import Workspace
@@ -83,17 +84,17 @@ class DeviceShared:
 
     def workspace(
         self, batch: int, kv_heads: int, group: int, layout: Layout, tokens: int, slots: int, cap: int,
-        device: torch.device, dtype: torch.dtype,
+        device: torch.device, dtype: torch.dtype, hot: StoreFormat | None = None,
     ) -> Workspace:  # fmt: skip
         """The buffers for steps of these sizes, see :class:`~alaya_hf.kernels.gpu.step.Workspace`."""
         from alaya_hf.kernels.gpu.step import Workspace
 
-        key = (kv_heads, group, layout, slots, cap, device, dtype)
+        key = (kv_heads, group, layout, slots, cap, device, dtype, hot)
         work = self._workspaces.get(key)
         if work is None or (work.batch, work.tokens) != (batch, tokens):
             # The old one goes first: layers grow together, so nobody needs it any more.
             self._workspaces.pop(key, None)
-            work = Workspace(batch, kv_heads, group, layout, tokens, slots, cap, device, dtype)
+            work = Workspace(batch, kv_heads, group, layout, tokens, slots, cap, device, dtype, hot)
             self._workspaces[key] = work
         return work
 

@@ -29,13 +29,13 @@ def stream_blocks(sources: Sequence[Tensor], device: torch.device) -> Iterator[T
     Parameters
     ----------
     sources : sequence of Tensor
-        ``[kv_heads, n, 2, head_dim]`` each, one dtype, ``n`` may differ. Pinned if the device is a GPU, and written, if at all,
+        ``[kv_heads, n, ...]`` each, one dtype, ``n`` may differ. Pinned if the device is a GPU, and written, if at all,
         by what the current stream holds already.
     device : torch.device
 
     Returns
     -------
-    iterator of Tensor ``[kv_heads, n, 2, head_dim]`` on the device
+    iterator of Tensor ``[kv_heads, n, ...]`` on the device
         Each valid until the next one is asked for: for work on the current stream up to that call.
 
     Notes
@@ -44,10 +44,10 @@ def stream_blocks(sources: Sequence[Tensor], device: torch.device) -> Iterator[T
     """
     if device.type != "cuda" or not sources:
         return (source.to(device) for source in sources)
-    heads, _, two, dim = sources[0].shape
+    heads, _, *tail = sources[0].shape
     size = max(source.shape[1] for source in sources)
     main, side = torch.cuda.current_stream(device), _copy_stream(device)
-    buffers = [torch.empty(heads, size, two, dim, dtype=sources[0].dtype, device=device) for _ in sources[:2]]
+    buffers = [torch.empty(heads, size, *tail, dtype=sources[0].dtype, device=device) for _ in sources[:2]]
     for buffer in buffers:
         buffer.record_stream(side)  # whoever gives up half-way must not free what a copy still writes to
     arrived = [torch.cuda.Event() for _ in buffers]

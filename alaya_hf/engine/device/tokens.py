@@ -17,14 +17,17 @@ from alaya_hf.engine.device.stream import stream_blocks
 from alaya_hf.errors import AlayaError, NonFiniteError
 from alaya_hf.kernels.attention import exact_attention
 from alaya_hf.kernels.gpu.host_memory import device_view
+from alaya_hf.kernels.gpu.hot_set import HotSet
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.quantise import quantise_tokens
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
+from alaya_hf.kernels.gpu.store_format import StoreFormat
 from alaya_hf.kernels.partial import Partial, merge_into
 from alaya_hf.storage.pinned import pinned_pool
 
 _STORE_STEP = 1024  # tokens; the store grows by half, rounded up to this
 _STORE_SLACK = 4096  # tokens that it has room for beyond those of a prefill
+_PACK_BLOCK = 16384  # tokens quantised at a time
 _TILE_STEP = 4  # tiles; the low-bit copy grows by 1/32 and this
 
 
@@ -51,7 +54,7 @@ class OffloadedBlocks:
 
 
 class DeviceTokens:
-    """Every token of a layer, exactly in host memory, and what a decode step reads on the device.
+    """Every token of a layer in host memory, exactly or in 8 bits, and what a decode step reads on the device.
 
     The first `init` tokens of a row lie in the window's first slots. The others have places 0, 1, ... in the store. A row's
     first `low` places, whole tiles of 64, are in the low-bit copy; those behind them, ``local`` to ``local + 63``, lie in the
@@ -67,23 +70,33 @@ class DeviceTokens:
         `overflow` is not used: the window gives 64 tokens at a time.
     min_context : int
     dtype : torch.dtype
+        Of the model.
     device : torch.device
+    form : StoreFormat, optional
+        Of the store; default: the model's dtype.
+    hot_budget : int
+        Most bytes of the hot set on the device; 0: none.
 
     Attributes
     ----------
     window_k, window_v : Tensor ``[batch, kv_heads, init + ring, head_dim]``
         See :func:`~alaya_hf.kernels.gpu.window.window_attention`.
     records : Tensor ``[batch, kv_heads, tiles, record / 4]`` int32
-    store : Tensor ``[batch, kv_heads, capacity, 2, head_dim]``
+    store : Tensor ``[batch, kv_heads, capacity, *form.tail]``
         Host memory, pinned if the device is a GPU.
+    hot : HotSet or None
+        Made at the first step that can use one.
     counts, lows : list of int
         Tokens of each row, and its places in the low-bit copy.
     """
 
     def __init__(
         self, batch: int, kv_heads: int, layout: Layout, window: WindowConfig, min_context: int, dtype: torch.dtype,
-        device: torch.device,
+        device: torch.device, form: StoreFormat | None = None, hot_budget: int = 0,
     ) -> None:  # fmt: skip
+        self.form = StoreFormat(layout.head_dim, dtype) if form is None else form
+        self.hot: HotSet | None = None
+        self.hot_budget = hot_budget
         self.kv_heads, self.layout, self.dtype, self.device = kv_heads, layout, dtype, device
         self.init, self.local, self.min_context = window.init, window.local, min_context
         self.counts, self.lows = [0] * batch, [0] * batch
@@ -94,7 +107,7 @@ class DeviceTokens:
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTokens:
         copy = object.__new__(DeviceTokens)
         copy.__dict__.update(self.__dict__)
-        copy.counts, copy.lows = list(self.counts), list(self.lows)
+        copy.counts, copy.lows, copy.hot = list(self.counts), list(self.lows), None
         with torch.inference_mode(False):  # what is made in inference mode could not be written to later
             copy.window_k, copy.window_v = self.window_k.clone(), self.window_v.clone()
             copy.records = self.records.clone()
@@ -146,11 +159,13 @@ class DeviceTokens:
     @property
     def buffers(self) -> tuple[Any, ...]:
         """What a step reads and writes; a captured step is one over these very objects."""
-        return self.window_k, self.window_v, self.on_device, self.records
+        return self.window_k, self.window_v, self.on_device, self.records, self.hot
 
     def after(self) -> tuple[list[int], list[int]]:
         """`counts` and `lows` after one more token."""
-        lows = [after_step(count, low, self.init, self.keeps) for count, low in zip(self.counts, self.lows, strict=True)]
+        lows = [
+            after_step(count, low, self.init, self.keeps) for count, low in zip(self.counts, self.lows, strict=True)
+        ]
         return [count + 1 for count in self.counts], lows
 
     def settled(self, columns: int) -> bool:
@@ -172,8 +187,13 @@ class DeviceTokens:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes of a token's exact keys and values."""
-        return 2 * self.kv_heads * self.layout.head_dim * self.dtype.itemsize
+        """Bytes of a token's keys and values in the store."""
+        return self.kv_heads * self.form.row_bytes
+
+    @property
+    def hot_bytes(self) -> int:
+        """Bytes of the hot set on the device."""
+        return 0 if self.hot is None else self.hot.nbytes
 
     @property
     def offloaded_bytes(self) -> int:
@@ -193,7 +213,7 @@ class DeviceTokens:
     def _make_store(self, batch: int, capacity: int, layers: int = 1) -> Tensor:
         """Pinned host memory for `capacity` tokens, checked for `layers` such layers."""
         pinned_pool().check_room(layers * batch * capacity * self.token_bytes, "the offloaded context")
-        return pinned_pool().allocate((batch, self.kv_heads, capacity, 2, self.layout.head_dim), self.dtype)
+        return pinned_pool().allocate((batch, self.kv_heads, capacity, *self.form.tail), self.form.dtype)
 
     @_on_its_device
     def _set_store(self, store: Tensor) -> None:
@@ -247,17 +267,21 @@ class DeviceTokens:
     # Host memory to and fro: one copy per KV head, each contiguous on both sides, ordered by the stream -----------------
 
     def _write_store(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
-        kv = torch.stack([keys, values], dim=2)
-        for target, source in zip(self.store[row, :, start : start + kv.shape[1]], kv, strict=True):
-            target.copy_(source, non_blocking=True)
+        # In blocks: quantising takes twice the model's bytes of working memory.
+        for begin in range(0, keys.shape[1], _PACK_BLOCK):
+            here = slice(begin, begin + _PACK_BLOCK)
+            rows = self.form.pack(keys[:, here], values[:, here])
+            place = start + begin
+            for target, source in zip(self.store[row, :, place : place + rows.shape[1]], rows, strict=True):
+                target.copy_(source, non_blocking=True)
 
     def read_store(self, row: int, start: int, stop: int) -> Tensor:
-        """Places of a row on the device: ``[kv_heads, stop - start, 2, head_dim]``."""
-        shape = (self.kv_heads, max(0, stop - start), 2, self.layout.head_dim)
-        kv = torch.empty(shape, dtype=self.dtype, device=self.device)
-        for target, source in zip(kv, self.store[row, :, start : start + shape[1]], strict=True):
+        """Places of a row on the device: ``[kv_heads, stop - start, 2, head_dim]`` in the model's dtype."""
+        shape = (self.kv_heads, max(0, stop - start), *self.form.tail)
+        rows = torch.empty(shape, dtype=self.form.dtype, device=self.device)
+        for target, source in zip(rows, self.store[row, :, start : start + shape[1]], strict=True):
             target.copy_(source, non_blocking=True)
-        return kv
+        return self.form.unpack(rows, self.dtype)
 
     # The ring ---------------------------------------------------------------------------------------------------------
 
@@ -394,9 +418,9 @@ class DeviceTokens:
             k = torch.cat([self.window_k[row, :, :first], k], dim=1)[None]
             v = torch.cat([self.window_v[row, :, :first], v], dim=1)[None]
             rows.append(exact_attention(query, k, v, scaling))
-        for row, kv in zip(blocks.rows, blocks.arriving, strict=True):
-            part = exact_attention(q[row : row + 1], kv[None, :, :, 0], kv[None, :, :, 1], scaling)
-            merge_into(rows[row], part)
+        for row, block in zip(blocks.rows, blocks.arriving, strict=True):
+            kv = self.form.unpack(block, self.dtype)[None]
+            merge_into(rows[row], exact_attention(q[row : row + 1], kv[:, :, :, 0], kv[:, :, :, 1], scaling))
         return Partial(torch.cat([part.out for part in rows]), torch.cat([part.lse for part in rows])), blocks.nbytes
 
     @_on_its_device
@@ -432,18 +456,25 @@ class DeviceTokens:
             self.append(nothing, nothing, None, columns)
         counts, lows = self.after()
         self.reserve(max(1, self._places(max(counts))), max(lows), layers)
+        hot = self._hot_set(plan)
         work = shared.workspace(
             batch, self.kv_heads, q.shape[1] // self.kv_heads, self.layout, self.room, self.init + self.ring, plan.cap,
-            self.device, self.dtype,
+            self.device, self.dtype, None if hot is None else self.form,
         )  # fmt: skip
         counters = shared.counters(batch, self.device, self.rule)
         counters.bring_to(self.counts, self.lows, self.init, self.keeps, self.room)
         decode_step(
             work, q.contiguous(), k.contiguous(), v.contiguous(), self.window_k, self.window_v, self.on_device, self.records,
-            counters.total, counters.low, self.init, self.keeps, scaling, plan.beta(scaling), plan.ratio, plan.union,
+            counters.total, counters.low, self.init, self.keeps, scaling, plan.beta(scaling), plan.ratio, plan.union, hot,
         )  # fmt: skip
         self.counts, self.lows = counts, lows
         return work
+
+    def _hot_set(self, plan: DevicePlan) -> HotSet | None:
+        """The hot set, made when it is first wanted; None without a budget, or one that holds not even one set per KV head."""
+        if self.hot is None and self.hot_budget and plan.cap:
+            self.hot = HotSet.within(self.hot_budget, len(self.counts), self.kv_heads, self.form, self.device)
+        return self.hot
 
     # Other operations -------------------------------------------------------------------------------------------------
 
@@ -460,6 +491,8 @@ class DeviceTokens:
                 kv = self.read_store(row, low, stop)
                 self._write_ring(row, low, kv[:, :, 0], kv[:, :, 1])
         self.counts, self.lows = list(counts), lows
+        if self.hot is not None:  # other tokens will take the places that are free now
+            self.hot.clear()
 
     def select(self, rows: list[int]) -> None:
         """Row ``i`` becomes what row ``rows[i]`` was. Copies everything, in host memory too."""
@@ -471,6 +504,10 @@ class DeviceTokens:
         self.records = self.records.index_select(0, index)
         self.counts, self.lows = [self.counts[row] for row in rows], [self.lows[row] for row in rows]
         self._set_store(store)
+        if self.hot is not None and self.hot.batch == len(rows):
+            self.hot.clear()
+        else:
+            self.hot = None
 
     def row(self, row: int) -> tuple[Tensor, Tensor]:
         """Everything held of a row, in order: two ``[kv_heads, tokens, head_dim]`` on the device, copies."""

@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from alaya_hf.kernels.gpu import cut, gather, lowbit, merge, quantise, window
+from alaya_hf.kernels.gpu import cut, eight_bit, gather, hot_set, lowbit, merge, quantise, window
+from alaya_hf.kernels.gpu.hot_set import HotSet
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
+from alaya_hf.kernels.gpu.store_format import StoreFormat
 
 INF = float("inf")
 TILES = 5  # capacity of the low-bit copies here
@@ -24,7 +28,9 @@ class Case:
     def __init__(
         self, d: int, key_bits: int, value_bits: int, kv_heads: int, group: int, lows: Sequence[int], dtype: torch.dtype,
         device: torch.device | str, cap: int = 5, init: int = 4, local: int = 40, recent: int = 47,
+        store: torch.dtype | None = None,
     ) -> None:  # fmt: skip
+        self.form = StoreFormat(d, dtype if store is None else store)
         self.layout = Layout(d, key_bits, value_bits)
         self.bits = (key_bits, value_bits)
         self.d, self.h, self.g, self.b = d, kv_heads, group, len(lows)
@@ -54,14 +60,28 @@ class Case:
 
     def store(self) -> Tensor:
         """The host's tokens, NaN where there is none."""
-        pinned = self.device.type == "cuda"
-        store = torch.full(
-            (self.b, self.h, max(self.counts) + 1, 2, self.d), float("nan"), dtype=self.dtype, pin_memory=pinned
-        )
+        shape = (self.b, self.h, max(self.counts) + 1, self.form.row_bytes)
+        store = torch.full(shape, 255, dtype=torch.uint8, pin_memory=self.device.type == "cuda")
+        store = store.view(self.form.dtype).view(*shape[:3], *self.form.tail)
         for row, count in enumerate(self.counts):
-            store[row, :, : count - self.init, 0] = self.k[row, :, self.init : count].cpu()
-            store[row, :, : count - self.init, 1] = self.v[row, :, self.init : count].cpu()
+            places = slice(self.init, count)
+            store[row, :, : count - self.init] = self.form.pack(
+                self.k[row, :, places].cpu(), self.v[row, :, places].cpu()
+            )
         return store
+
+    def defined(self, rows: Tensor) -> Tensor:
+        """The bytes of rows that mean something: padding may hold anything."""
+        flat = rows.reshape(*rows.shape[: rows.dim() - len(self.form.tail)], self.form.row).view(torch.uint8)
+        return flat[..., : 2 * self.d + 8] if self.form.scaled else flat
+
+    def on_device(self, store: Tensor) -> Tensor:
+        """The store as kernels take it."""
+        if self.device.type != "cuda":
+            return store
+        from alaya_hf.kernels.gpu.host_memory import device_view
+
+        return device_view(store, self.device)
 
     def window(self) -> tuple[Tensor, Tensor]:
         """Slots that hold no token of the window are NaN."""
@@ -76,10 +96,13 @@ class Case:
     def work(self) -> Workspace:
         """Poisoned buffers."""
         slots = self.init + self.ring
-        work = Workspace(self.b, self.h, self.g, self.layout, TILES * TILE, slots, self.cap, self.device, torch.float32)
+        work = Workspace(
+            self.b, self.h, self.g, self.layout, TILES * TILE, slots, self.cap, self.device, torch.float32, self.form
+        )
         for name, x in vars(work).items():
             if isinstance(x, Tensor) and name != "best":
-                x.fill_(float("nan") if x.is_floating_point() else -7777)
+                x = x.view(torch.int8) if x.element_size() == 1 else x
+                x.fill_(float("nan") if x.is_floating_point() else -77)
         return work
 
     def merged(self, work: Workspace, first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -151,12 +174,15 @@ def check_window(case: Case) -> None:
     states = []
     for run, work in ((window.window_attention, found), (window.window_attention_reference, wanted)):
         keys, values = case.window()
-        store = torch.full((case.b, case.h, max(case.counts) + 1, 2, case.d), 7.0, dtype=case.dtype, device=case.device)
+        store = case.on_device(case.store())
         run(case.q, case.new_k, case.new_v, keys, values, store, case.total, case.low, work.best, work.acc, work.ml, 0,
             case.init, case.scaling)  # fmt: skip
-        states.append((keys, values, store))
+        states.append((keys, values, case.defined(store)))
     for mine, theirs in zip(*states, strict=True):
         assert torch.equal(mine.nan_to_num(9.0), theirs.nan_to_num(9.0))
+    for row, count in enumerate(case.counts):
+        wanted_row = case.defined(case.form.pack(case.new_k[row], case.new_v[row]))
+        assert torch.equal(states[0][2][row, :, count - case.init], wanted_row)
     (out, lse), (truth, true_lse) = (case.merged(work, 0, work.window_parts) for work in (found, wanted))
     low = []
     for row, count in enumerate(case.counts):
@@ -233,11 +259,7 @@ def check_gather(case: Case, union: bool, replace: bool) -> None:
     work = run_pass(case, run=lowbit.lowbit_pass_reference)
     cut.cut_reference(work.tile_max, work.scores, work.best, work.ml, case.low, work.ids, work.counts, work.thresholds,
                       work.limits, work.chosen, 0, work.parts, case.scaling, INF, 1.0)  # fmt: skip
-    store = case.store()
-    if case.device.type == "cuda":
-        from alaya_hf.kernels.gpu.host_memory import device_view
-
-        store = device_view(store, case.device)
+    store = case.on_device(case.store())
     results = []
     for run in (gather.gather_attention, gather.gather_attention_reference):
         to = case.work()
@@ -277,12 +299,8 @@ def check_merge(case: Case) -> None:
 def check_step(case: Case, beta: float = INF, ratio: float = 1.0, union: bool = True) -> None:
     """A whole step against one softmax over exact and approximate terms, given the selection it made."""
     work, (keys, values), store = case.work(), case.window(), case.store()
-    on_device = store
-    if case.device.type == "cuda":
-        from alaya_hf.kernels.gpu.host_memory import device_view
-
-        on_device = device_view(store, case.device)
-    out = decode_step(work, case.q, case.new_k, case.new_v, keys, values, on_device, case.records, case.total, case.low,
+    view = case.on_device(store)
+    out = decode_step(work, case.q, case.new_k, case.new_v, keys, values, view, case.records, case.total, case.low,
                       case.init, case.local, case.scaling, beta, ratio, union)  # fmt: skip
     rough_k, rough_v = case.layout.unpack(case.records)
     truth, yardstick = torch.empty_like(work.out), torch.empty_like(work.out)
@@ -301,11 +319,15 @@ def check_step(case: Case, beta: float = INF, ratio: float = 1.0, union: bool = 
         if not union:
             exact = asked
         q = case.q[row].view(case.h, case.g, case.d)
-        for dtype, to in ((torch.float32, truth), (case.dtype, yardstick)):
-            s, a = (q.to(dtype) @ x.to(dtype).transpose(1, 2) for x in (k, ak))
+        # What a plain implementation would read from the store.
+        rows = case.form.unpack(case.form.pack(k[:, here], v[:, here]))
+        stored_k, stored_v = k.clone(), v.clone()
+        stored_k[:, here], stored_v[:, here] = rows.unbind(2)
+        for dtype, to, ek, ev in ((torch.float32, truth, k, v), (case.dtype, yardstick, stored_k, stored_v)):
+            s, a = (q.to(dtype) @ x.to(dtype).transpose(1, 2) for x in (ek, ak))
             p = torch.softmax(torch.where(exact, s, a).float() * case.scaling, -1)
             p = p.to(dtype)
-            both = (p * exact) @ v.to(dtype) + (p * ~exact) @ av.to(dtype)
+            both = (p * exact) @ ev.to(dtype) + (p * ~exact) @ av.to(dtype)
             to[row] = both.float().flatten(0, 1)
     # Scores of the low-bit copy are rounded to float16.
     within_twice(out, yardstick, truth, slack=2e-3)
@@ -313,8 +335,79 @@ def check_step(case: Case, beta: float = INF, ratio: float = 1.0, union: bool = 
     if case.device.type == "cuda":
         torch.cuda.synchronize()
     for row, count in enumerate(case.counts):
-        assert torch.equal(store[row, :, count - case.init, 0], case.new_k[row].cpu())
-        assert torch.equal(store[row, :, count - case.init, 1], case.new_v[row].cpu())
+        written = case.defined(case.form.pack(case.new_k[row].cpu(), case.new_v[row].cpu()))
+        assert torch.equal(case.defined(store)[row, :, count - case.init], written)
+
+
+@triton.jit
+def _recode(x_ptr, codes, numbers, FORMAT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    code = eight_bit.encode(tl.load(x_ptr + at), FORMAT)
+    tl.store(codes + at, code)
+    tl.store(numbers + at, eight_bit.decode(code, FORMAT))
+
+
+def check_codes(device: str, dtype: torch.dtype) -> None:
+    """Every finite half within the range, numbers between, and those half-way between two codes, as torch converts them."""
+    form = StoreFormat(16, dtype)
+    halves = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16).float()
+    codes = torch.arange(-128, 128).to(torch.int8).view(dtype).float()
+    codes = codes[codes.isfinite() & (codes.abs() <= form.largest)].sort().values
+    x = torch.cat([halves[halves.abs() <= form.largest], form.largest * (2 * torch.rand(2**13) - 1), codes,
+                   (codes[1:] + codes[:-1]) / 2])  # fmt: skip
+    x = torch.nn.functional.pad(x, (0, -len(x) % 1024)).to(device)
+    found = torch.empty(len(x), dtype=torch.int8, device=device)
+    numbers = torch.empty_like(x)
+    _recode[(len(x) // 1024,)](x, found, numbers, FORMAT=form.code, BLOCK=1024)
+    wanted = (x.round() if dtype == torch.int8 else x).to(dtype)
+    assert torch.equal(found, wanted.view(torch.int8)) and torch.equal(numbers, wanted.float())
+
+
+def check_hot_set(case: Case, sets: int, steps: int, union: bool = True) -> None:
+    """Steps with a hot set equal steps without; what it holds and counts is what the reference does.
+
+    In the middle, all places of the store get other tokens, as they do after a crop.
+    """
+    place = (case.b, case.h, sets, case.form, case.device)
+    mine, theirs = HotSet(*place), HotSet(*place)
+    for hot in (mine, theirs):
+        hot.rows.view(torch.uint8).fill_(255)
+    total, store = case.total.clone(), case.store()
+    for step in range(steps):
+        case.q = (0.9 * case.q.float() + torch.randn_like(case.q.float())).to(case.dtype)
+        if step == steps // 2:
+            for row, low in enumerate(case.lows):
+                held = store.view(torch.uint8)[row, :, :low]
+                held.copy_(held.flip(1))
+            for hot in (mine, theirs):
+                hot.clear()
+                assert int((hot.tags >= 0).sum()) == 0
+        work = run_pass(case, run=lowbit.lowbit_pass_reference)
+        cut.cut_reference(work.tile_max, work.scores, work.best, work.ml, case.low, work.ids, work.counts, work.thresholds,
+                          work.limits, work.chosen, 0, work.parts, case.scaling, INF, 1.0)  # fmt: skip
+        selected = (case.q, work.ids, work.counts, work.thresholds, work.limits, work.scores, case.records)
+        how = (0, case.scaling, *case.bits, union, False)
+        without, found, wanted = case.work(), case.work(), case.work()
+        gather.gather_attention(case.on_device(store), *selected, without.acc, without.ml, without.fetched, *how)
+        for run, insert, hot, to in (
+            (gather.gather_attention_hot, hot_set.insert_hot, mine, found),
+            (gather.gather_attention_hot_reference, hot_set.insert_hot_reference, theirs, wanted),
+        ):
+            run(case.on_device(store), *selected, to.acc, to.ml, to.fetched, hot.rows, hot.tags, hot.stamps, hot.claims,
+                hot.counts, to.staged, to.missed, total, *how)  # fmt: skip
+            insert(to.staged, to.missed, total, hot.rows, hot.tags, hot.stamps, hot.claims)
+        parts = found.gather_parts
+        for x, y in zip(case.merged(found, 0, parts), case.merged(without, 0, parts), strict=True):
+            assert torch.equal(x, y) and not x.isnan().any()
+        assert torch.equal(found.fetched, without.fetched)
+        for name in ("tags", "stamps", "claims", "counts"):
+            assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
+        held = mine.tags.flatten(2) >= 0
+        assert torch.equal(case.form.unpack(mine.rows)[held], case.form.unpack(theirs.rows)[held])
+        assert int((found.missed >= 0).sum()) == int((wanted.missed >= 0).sum())
+        total += 1
+    lookups, hits = mine.counts.tolist()
+    assert 0 < hits < lookups
 
 
 CHECKS: dict[str, Callable[[Case], None]] = {
@@ -326,6 +419,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "gather": lambda case: check_gather(case, True, True),
     "merge": check_merge,
     "step": check_step,
+    "hot set": lambda case: check_hot_set(case, 3, 4),
 }
 """Every operator once, and a step of all of them."""
 

@@ -7,8 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alaya_hf.kernels.gpu.eight_bit import decode
+from alaya_hf.kernels.gpu.hot_set import WAYS, bid, look_up
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.op import LOG2E, check, next_power_of_2, operator
+from alaya_hf.kernels.gpu.store_format import StoreFormat
 from alaya_hf.kernels.gpu.unpack import constants, load_values
 
 
@@ -24,10 +27,12 @@ def splits(group: int, cap: int) -> int:
 
 @triton.jit
 def _gather(  # type: ignore[no-untyped-def]
-    store, q_ptr, ids, counts, thresholds, limits, scores, words, halves, acc, ml, fetched,
-    store_capacity, capacity, partials, slot0, factor,
+    store, scales, q_ptr, ids, counts, thresholds, limits, scores, words, halves, acc, ml, fetched,
+    hot, hot_scales, tags, stamps, claims, looked_up, staged, staged_scales, missed, total,
+    store_capacity, capacity, partials, slot0, factor, sets,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP2: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
     UNION: tl.constexpr, LOWBIT: tl.constexpr,
+    FORMAT: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr, HOT: tl.constexpr, H: tl.constexpr, WAYS: tl.constexpr,
     PADDED: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_WORDS: tl.constexpr,
     VALUE_WORDS: tl.constexpr, KEY_PARAMS: tl.constexpr, VALUES: tl.constexpr, VALUE_PARAMS: tl.constexpr,
     RECORD: tl.constexpr,
@@ -56,23 +61,58 @@ def _gather(  # type: ignore[no-untyped-def]
     there = there & (tl.max((chosen & (g < owner)[:, None]).to(tl.int32), 0) == 0)
     fetch = tl.sum(there.to(tl.int32))
     tl.store(fetched + bh * tl.num_programs(0) + part, fetch)
+    far = there
+    if HOT:
+        now = tl.load(total + bh // H)
+        home, way = look_up(tags, bh, token, there, sets, WAYS)
+        near = way >= 0
+        far = there & (near == 0)
+        slot = home * WAYS + tl.maximum(way, 0)
+        stage = (bh * tl.num_programs(0) + part) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(missed + stage, tl.where(far, token, -1))
+        tl.store(stamps + slot, token * 0 + now + 1, mask=near)
+        tl.atomic_max(claims + home, bid(now, token), mask=far, sem="relaxed")
+        tl.atomic_add(looked_up, fetch.to(tl.int64), sem="relaxed")
+        tl.atomic_add(looked_up + 1, tl.sum(near.to(tl.int64)), sem="relaxed")
     if fetch > 0:
         inside = there[:, None] & (c < D)[None, :]
-        at = (bh * store_capacity + token)[:, None] * 2 * D + c[None, :]
-        k = tl.load(store + at, mask=inside, other=0.0)
-        v = tl.load(store + at + D, mask=inside, other=0.0)
+        line = bh * store_capacity + token
+        over_bus = far[:, None] & (c < D)[None, :]
+        k = tl.load(store + line[:, None] * ROW + c[None, :], mask=over_bus, other=0)
+        v = tl.load(store + line[:, None] * ROW + D + c[None, :], mask=over_bus, other=0)
+        if FORMAT > 0:
+            k_scale = tl.load(scales + line * (ROW // 4) + SCALES, mask=far, other=0.0)
+            v_scale = tl.load(scales + line * (ROW // 4) + SCALES + 1, mask=far, other=0.0)
+        if HOT:
+            tl.store(staged + stage[:, None] * ROW + c[None, :], k, mask=over_bus)
+            tl.store(staged + stage[:, None] * ROW + D + c[None, :], v, mask=over_bus)
+            here = near[:, None] & (c < D)[None, :]
+            k = tl.where(here, tl.load(hot + slot[:, None] * ROW + c[None, :], mask=here, other=0), k)
+            v = tl.where(here, tl.load(hot + slot[:, None] * ROW + D + c[None, :], mask=here, other=0), v)
+            if FORMAT > 0:
+                tl.store(staged_scales + stage * (ROW // 4) + SCALES, k_scale, mask=far)
+                tl.store(staged_scales + stage * (ROW // 4) + SCALES + 1, v_scale, mask=far)
+                near_scale = hot_scales + slot * (ROW // 4) + SCALES
+                k_scale = tl.where(near, tl.load(near_scale, mask=near, other=0.0), k_scale)
+                v_scale = tl.where(near, tl.load(near_scale + 1, mask=near, other=0.0), v_scale)
         q = tl.load(q_ptr + row[:, None] * D + c[None, :], mask=heads[:, None] & (c < D)[None, :], other=0.0)
         mask = there[None, :] & heads[:, None]
         if not UNION:
             mask = mask & chosen
-        s = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32)), input_precision="tf32")  # exact for 16-bit types
+        # tf32 holds codes and 16-bit numbers exactly.
+        s = tl.dot(q.to(tl.float32), tl.trans(decode(k, FORMAT)), input_precision="tf32")
+        if FORMAT > 0:
+            s *= k_scale[None, :]
         s = tl.where(mask, s, float("-inf"))
         approximate = tl.where(mask, approximate, float("-inf"))
         top = tl.max(tl.maximum(s, approximate), 1)
         some = tl.where(top > float("-inf"), top, 0.0)
         p = tl.exp2((s - some[:, None]) * factor)
         weight = tl.sum(p, 1)
-        out = tl.dot(p, v.to(tl.float32), input_precision="tf32")
+        if FORMAT > 0:
+            out = tl.dot(p * v_scale[None, :], decode(v, FORMAT), input_precision="tf32")
+        else:
+            out = tl.dot(p, v.to(tl.float32), input_precision="tf32")
         if LOWBIT:
             minus = tl.exp2((approximate - some[:, None]) * factor)
             tile = (bh * capacity + token // 64) * RECORD
@@ -90,6 +130,37 @@ def _gather(  # type: ignore[no-untyped-def]
         tl.store(ml + place * 2 + 1, tl.zeros([GP], tl.float32), mask=heads)
 
 
+def _launch(
+    store: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor, records: Tensor,
+    acc: Tensor, ml: Tensor, fetched: Tensor, hot: tuple[Tensor, ...] | None, slot0: int, scaling: float, key_bits: int,
+    value_bits: int, union: bool, replace: bool,
+) -> None:  # fmt: skip
+    batch, heads, group, cap = ids.shape
+    d = q.shape[2]
+    if cap == 0:
+        return
+    layout, form = Layout(d, key_bits, value_bits), StoreFormat.of(store, d)
+    check(fetched, "fetched", (batch, heads, splits(group, cap)), torch.int32)
+    elements, scales = form.kernel_views(store)
+    # Without a hot set, anything will do for its pointers.
+    places: tuple[Tensor, ...] = (ids,) * 10
+    if hot is not None:
+        rows, tags, stamps, claims, looked_up, staged, missed, total = hot
+        check(missed, "missed", (batch, heads, splits(group, cap), block(cap)), torch.int32)
+        check(tags, "tags", (batch, heads, None, WAYS), torch.int32)
+        check(rows, "rows", (batch, heads, WAYS * tags.shape[2], *form.tail), form.dtype)
+        check(staged, "staged", (*missed.shape, *form.tail), form.dtype)
+        check(claims, "claims", (batch, heads, tags.shape[2]), torch.int64)
+        places = (*form.kernel_views(rows), tags, stamps, claims, looked_up, *form.kernel_views(staged), missed, total)
+    _gather[(splits(group, cap), batch * heads)](
+        elements, scales, q, ids, counts, thresholds, limits, scores, records, records.view(torch.float16), acc, ml, fetched,
+        *places, store.shape[2], records.shape[2], acc.shape[3], slot0, scaling * LOG2E, 1 if hot is None else hot[1].shape[2],
+        G=group, GP=max(16, next_power_of_2(group)), D=d, DP2=next_power_of_2(d), CAP=cap, BLOCK=block(cap),
+        UNION=union, LOWBIT=replace, FORMAT=form.code, ROW=form.row, SCALES=form.scale_place, HOT=hot is not None, H=heads,
+        WAYS=WAYS, **constants(layout), num_warps=4,
+    )  # fmt: skip
+
+
 @operator("gather_attention", mutates=["acc", "ml", "fetched"])
 def gather_attention(
     store: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor, records: Tensor,
@@ -100,8 +171,9 @@ def gather_attention(
 
     Parameters
     ----------
-    store : Tensor ``[batch, kv_heads, capacity, 2, head_dim]``
-        Keys and values side by side; host memory through :func:`~alaya_hf.kernels.gpu.host_memory.device_view`.
+    store : Tensor ``[batch, kv_heads, capacity, *tail]``
+        Rows of a :class:`~alaya_hf.kernels.gpu.store_format.StoreFormat`, which its dtype tells; host memory through
+        :func:`~alaya_hf.kernels.gpu.host_memory.device_view`.
     ids, counts, thresholds, limits : from `cut`; scores, records : from and for the pass
     acc, ml : Tensor
         Partials ``slot0 ... slot0 + splits(group, cap)`` are written: exact terms minus approximate ones, so single
@@ -113,18 +185,9 @@ def gather_attention(
     replace : bool
         False: nothing is taken out (no residual).
     """
-    batch, heads, group, cap = ids.shape
-    d = q.shape[2]
-    if cap == 0:
-        return
-    layout = Layout(d, key_bits, value_bits)
-    check(store, "store", (batch, heads, None, 2, d))
-    check(fetched, "fetched", (batch, heads, splits(group, cap)), torch.int32)
-    _gather[(splits(group, cap), batch * heads)](
-        store, q, ids, counts, thresholds, limits, scores, records, records.view(torch.float16), acc, ml, fetched,
-        store.shape[2], records.shape[2], acc.shape[3], slot0, scaling * LOG2E,
-        G=group, GP=max(16, next_power_of_2(group)), D=d, DP2=next_power_of_2(d), CAP=cap, BLOCK=block(cap),
-        UNION=union, LOWBIT=replace, **constants(layout), num_warps=4,
+    _launch(
+        store, q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, None, slot0, scaling, key_bits,
+        value_bits, union, replace,
     )  # fmt: skip
 
 
@@ -147,7 +210,7 @@ def gather_attention_reference(
     fetched[..., 0] = listed.sum((2, 3))
     some = min(n, store.shape[2])
     kv = torch.zeros(batch, heads, n, 2, d, device=q.device)
-    kv[:, :, :some] = store[:, :, :some].float().to(q.device)
+    kv[:, :, :some] = StoreFormat.of(store, d).unpack(store[:, :, :some].to(q.device))
     kv = torch.where(listed.squeeze(2)[..., None, None], kv, 0.0)
     exact = torch.einsum("bhgd,bhtd->bhgt", q.view(batch, heads, group, d).float(), kv[:, :, :, 0])
     count = splits(group, cap)
@@ -166,4 +229,72 @@ def gather_attention_reference(
     ml[..., slot0, 0] = top * factor
 
 
-__all__ = ["TILE", "block", "gather_attention", "gather_attention_reference", "splits"]
+@operator("gather_attention_hot", mutates=["acc", "ml", "fetched", "stamps", "claims", "looked_up", "staged", "missed"])
+def gather_attention_hot(
+    store: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor, records: Tensor,
+    acc: Tensor, ml: Tensor, fetched: Tensor, rows: Tensor, tags: Tensor, stamps: Tensor, claims: Tensor, looked_up: Tensor,
+    staged: Tensor, missed: Tensor, total: Tensor, slot0: int, scaling: float, key_bits: int, value_bits: int,
+    union: bool, replace: bool,
+) -> None:  # fmt: skip
+    """:func:`gather_attention` with a hot set: the same result, over the bus only what is not in it.
+
+    :func:`~alaya_hf.kernels.gpu.hot_set.insert_hot` has to follow, with the same `total`.
+
+    Parameters
+    ----------
+    rows, tags, stamps, claims, looked_up
+        See :class:`~alaya_hf.kernels.gpu.hot_set.HotSet` (`looked_up`: its ``counts``). What is found is stamped with
+        ``total + 1``.
+    staged : Tensor ``[batch, kv_heads, splits(group, cap), block(cap), *tail]``
+        Receives the rows that came over the bus.
+    missed : Tensor ``[batch, kv_heads, splits(group, cap), block(cap)]`` int32
+        Receives their places, -1: none.
+    total : Tensor ``[batch]`` int32
+        Tokens of each row before this step. Must grow from step to step.
+    """
+    hot = (rows, tags, stamps, claims, looked_up, staged, missed, total)
+    _launch(
+        store, q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, hot, slot0, scaling, key_bits,
+        value_bits, union, replace,
+    )  # fmt: skip
+
+
+def gather_attention_hot_reference(
+    store: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor, records: Tensor,
+    acc: Tensor, ml: Tensor, fetched: Tensor, rows: Tensor, tags: Tensor, stamps: Tensor, claims: Tensor, looked_up: Tensor,
+    staged: Tensor, missed: Tensor, total: Tensor, slot0: int, scaling: float, key_bits: int, value_bits: int,
+    union: bool, replace: bool,
+) -> None:  # fmt: skip
+    """:func:`gather_attention_hot` in plain torch; what was missed is staged in ascending order."""
+    known, sets = store.clone(), tags.shape[2]
+    missed.fill_(-1)
+    for row, head in [(row, head) for row in range(ids.shape[0]) for head in range(ids.shape[1])]:
+        listed = {
+            token
+            for each, count in zip(ids[row, head], counts[row, head], strict=True)
+            for token in each[:count].tolist()
+        }
+        place = 0
+        looked_up[0] += len(listed)
+        for token in sorted(listed):
+            home = token % sets
+            ways = tags[row, head, home].tolist()
+            if token in ways:
+                way = ways.index(token)
+                looked_up[1] += 1
+                stamps[row, head, home, way] = total[row] + 1
+                known[row, head, token] = rows[row, head, home * WAYS + way].to(store.device)
+                continue
+            claim = ((int(total[row]) + 1) << 32) + 0x7FFFFFFF - token
+            claims[row, head, home] = max(claim, int(claims[row, head, home]))
+            missed[row, head].view(-1)[place] = token
+            staged[row, head].flatten(0, 1)[place] = store[row, head, token].to(staged.device)
+            place += 1
+    gather_attention_reference(
+        known, q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, slot0, scaling, key_bits, value_bits,
+        union, replace,
+    )  # fmt: skip
+
+
+__all__ = ["TILE", "block", "gather_attention", "gather_attention_hot", "gather_attention_hot_reference",
+           "gather_attention_reference", "splits"]  # fmt: skip

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from alaya_hf.kernels.gpu import cut as cut_
 from alaya_hf.kernels.gpu import gather, lowbit, merge, quantise, window
+from alaya_hf.kernels.gpu.hot_set import HotSet, insert_hot
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.op import next_power_of_2
+from alaya_hf.kernels.gpu.store_format import StoreFormat
 
 
 @dataclass
@@ -30,6 +32,8 @@ class Workspace:
     device : torch.device
     dtype : torch.dtype
         Of the output.
+    hot : StoreFormat, optional
+        With a hot set: the store's rows, for which there is a staging buffer.
     """
 
     batch: int
@@ -41,6 +45,7 @@ class Workspace:
     cap: int
     device: torch.device
     dtype: torch.dtype
+    hot: StoreFormat | None = None
 
     def __post_init__(self) -> None:
         if self.tokens % TILE:
@@ -67,6 +72,10 @@ class Workspace:
         self.fetched = make(self.batch, self.kv_heads, max(1, self.gather_parts), dtype=torch.int32)
         self.out = make(self.batch, self.kv_heads * self.group, self.layout.head_dim, dtype=self.dtype)
         self.lse = make(self.batch, self.kv_heads * self.group)
+        if self.hot is not None:
+            places = (self.batch, self.kv_heads, max(1, self.gather_parts), gather.block(self.cap))
+            self.missed = make(*places, dtype=torch.int32)
+            self.staged = make(*places, *self.hot.tail, dtype=self.hot.dtype)
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
@@ -79,6 +88,7 @@ class Workspace:
 def decode_step(
     work: Workspace, q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor, records: Tensor,
     total: Tensor, low: Tensor, init: int, local: int, scaling: float, beta: float, ratio: float = 1.0, union: bool = True,
+    hot: HotSet | None = None,
 ) -> Tensor:  # fmt: skip
     """Append a token and attend: window exactly, selected tokens exactly, all others from the low-bit copy.
 
@@ -98,6 +108,8 @@ def decode_step(
         See :func:`~alaya_hf.kernels.gpu.cut.cut`.
     union : bool
         See :func:`~alaya_hf.kernels.gpu.gather.gather_attention`.
+    hot : HotSet, optional
+        Of this layer; the workspace has to have its buffers.
 
     Returns
     -------
@@ -131,9 +143,25 @@ def decode_step(
         work.tile_max, work.scores, work.best, work.ml, low, work.ids, work.counts, work.thresholds, work.limits, work.chosen,
         work.window_parts, work.parts, scaling, beta, ratio,
     )  # fmt: skip
-    gather.gather_attention(
-        store, q, work.ids, work.counts, work.thresholds, work.limits, work.scores, records, work.acc, work.ml, work.fetched,
-        after_window, scaling, *bits, union, True,
-    )  # fmt: skip
+    selected = (store, q, work.ids, work.counts, work.thresholds, work.limits, work.scores, records)
+    to, how = (work.acc, work.ml, work.fetched), (after_window, scaling, *bits, union, True)
+    if hot is None:
+        gather.gather_attention(*selected, *to, *how)
+    else:
+        gather.gather_attention_hot(
+            *selected,
+            *to,
+            hot.rows,
+            hot.tags,
+            hot.stamps,
+            hot.claims,
+            hot.counts,
+            work.staged,
+            work.missed,
+            total,
+            *how,
+        )
     merge.merge_partials(work.acc, work.ml, work.out, work.lse, work.best)
+    if hot is not None and work.cap:
+        insert_hot(work.staged, work.missed, total, hot.rows, hot.tags, hot.stamps, hot.claims)
     return work.out

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alaya_hf.kernels.gpu.eight_bit import quantise
 from alaya_hf.kernels.gpu.layout import TILE
 from alaya_hf.kernels.gpu.op import LOG2E, check, next_power_of_2, operator
+from alaya_hf.kernels.gpu.store_format import StoreFormat
 
 BLOCK = 64  # window slots of one program
 
@@ -20,10 +22,10 @@ def splits(slots: int) -> int:
 
 @triton.jit
 def _window(  # type: ignore[no-untyped-def]
-    q_ptr, k_new, v_new, win_k, win_v, store, total, low, best, acc, ml,
+    q_ptr, k_new, v_new, win_k, win_v, store, scales, total, low, best, acc, ml,
     slots, ring, init, store_capacity, partials, slot0, factor,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP2: tl.constexpr, BLOCK: tl.constexpr,
-    STORE: tl.constexpr,
+    STORE: tl.constexpr, FORMAT: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -70,10 +72,19 @@ def _window(  # type: ignore[no-untyped-def]
         tl.store(win_k + (bh * slots + new_slot) * D + c, kn, mask=c < D)
         tl.store(win_v + (bh * slots + new_slot) * D + c, vn, mask=c < D)
         if STORE:
-            here = (bh * store_capacity + newest) * 2 * D
-            fits = (c < D) & (newest >= 0) & (newest < store_capacity)
-            tl.store(store + here + c, kn, mask=fits)
-            tl.store(store + here + D + c, vn, mask=fits)
+            here = bh * store_capacity + newest
+            room = (newest >= 0) & (newest < store_capacity)
+            fits = (c < D) & room
+            if FORMAT > 0:
+                k_codes, k_scale = quantise(kn.to(tl.float32), FORMAT)
+                v_codes, v_scale = quantise(vn.to(tl.float32), FORMAT)
+                tl.store(scales + here * (ROW // 4) + SCALES, k_scale, mask=room)
+                tl.store(scales + here * (ROW // 4) + SCALES + 1, v_scale, mask=room)
+            else:
+                k_codes = kn
+                v_codes = vn
+            tl.store(store + here * ROW + c, k_codes, mask=fits)
+            tl.store(store + here * ROW + D + c, v_codes, mask=fits)
 
 
 @operator("window_attention", mutates=["window_k", "window_v", "store", "best", "acc", "ml"])
@@ -91,8 +102,9 @@ def window_attention(
     window_k, window_v : Tensor ``[batch, kv_heads, init + ring, head_dim]``
         The first `init` tokens, then a ring: token `p` lies in slot ``init + (p - init) % ring``. The rotary embedding is
         in the keys, so order does not matter.
-    store : Tensor ``[batch, kv_heads, capacity, 2, head_dim]``, optional
-        Host memory that the device can write (see :func:`~alaya_hf.kernels.gpu.host_memory.device_view`); token `p` goes to
+    store : Tensor ``[batch, kv_heads, capacity, *tail]``, optional
+        Rows of a :class:`~alaya_hf.kernels.gpu.store_format.StoreFormat`, which its dtype tells; an 8-bit one is quantised
+        to. Host memory that the device can write (see :func:`~alaya_hf.kernels.gpu.host_memory.device_view`); token `p` goes to
         place ``p - init``. Tokens beyond its capacity and the first `init` are not written.
     total : Tensor ``[batch]`` int32
         Tokens before this one, padding excluded.
@@ -111,14 +123,14 @@ def window_attention(
     check(v, "v", (batch, heads, d))
     check(window_k, "window_k", (batch, heads, slots, d))
     check(window_v, "window_v", (batch, heads, slots, d))
-    if store is not None:
-        check(store, "store", (batch, heads, None, 2, d))
+    form = StoreFormat(d, window_k.dtype) if store is None else StoreFormat.of(store, d)
+    elements, scales = form.kernel_views(window_k if store is None else store)
     check(acc, "acc", (batch, heads, group, None, d), torch.float32)
     _window[(splits(slots), batch * heads)](
-        q, k, v, window_k, window_v, window_k if store is None else store, total, low, best, acc, ml,
+        q, k, v, window_k, window_v, elements, scales, total, low, best, acc, ml,
         slots, slots - init, init, 0 if store is None else store.shape[2], acc.shape[3], slot0, scaling * LOG2E,
         H=heads, G=group, GP=max(16, next_power_of_2(group)), D=d, DP2=next_power_of_2(d), BLOCK=BLOCK,
-        STORE=store is not None, num_warps=4,
+        STORE=store is not None, FORMAT=form.code, ROW=form.row, SCALES=form.scale_place, num_warps=4,
     )  # fmt: skip
 
 
@@ -135,7 +147,8 @@ def window_attention_reference(
         slot = p if p < init else init + (p - init) % ring
         window_k[row, :, slot], window_v[row, :, slot] = k[row], v[row]
         if store is not None and 0 <= p - init < store.shape[2]:
-            store[row, :, p - init, 0], store[row, :, p - init, 1] = k[row].to(store.device), v[row].to(store.device)
+            rows = StoreFormat.of(store, d).pack(k[row], v[row])
+            store[row, :, p - init] = rows.to(store.device)
         held = list(range(min(init, p + 1))) + [init + x % ring for x in range(begin, p + 1 - init)]
         keys, values = window_k[row][:, held].float(), window_v[row][:, held].float()
         s = q[row].view(heads, -1, d).float() @ keys.transpose(1, 2)
