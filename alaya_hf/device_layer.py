@@ -321,8 +321,9 @@ class DeviceLayer(AlayaLayer):
         self.tokens.hot_budget = self.config.hot_bytes // max(1, self.forward.layers)
         work = self.tokens.step(*new, scaling, self.plan, self.shared, self._columns, self._alike)
         self._count(1, None)
-        # The next layer's step overwrites the workspace, on the same stream as whatever this layer's output is for.
-        part = Partial(work.out.unsqueeze(2), work.lse.unsqueeze(2))
+        # The next layer's step overwrites the workspace. In a captured step nobody keeps an output for longer than that.
+        captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        part = Partial((work.out if captured else work.out.clone()).unsqueeze(2), work.lse.unsqueeze(2))
         if self.probe is None:
             return [part], None
         from alaya_hf.engine.device.record import device_record
