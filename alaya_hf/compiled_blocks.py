@@ -104,5 +104,5 @@ def compiled_blocks(model: nn.Module, cache_class: Any, backend: str = "inductor
         _waiting.clear()
         attention.update(functions)
         cache_class.update = update
-        for (block, _), call in zip(calls, before, strict=True):
-            block._compiled_call_impl = call  # type: ignore[assignment]
+        for (block, _), own in zip(calls, before, strict=True):
+            block._compiled_call_impl = own  # type: ignore[assignment]
