@@ -83,6 +83,8 @@ class AlayaCache(Cache):
             decode_graphs.enable()
         self._bound = False
         self._token_ids: Tensor | None = None
+        # Whether the next pass comes from the loop of `generate`, which appends ones to the mask it was checked with.
+        self._generated = False
         self._recording = False
         self.layers: list[Any]
         super().__init__(layers=[])
@@ -334,6 +336,7 @@ class AlayaCache(Cache):
         PromptMismatchError
         """
         held = self.get_seq_length()
+        self._generated = not first
         if new is None:
             if (
                 self._token_ids is not None
@@ -364,6 +367,11 @@ class AlayaCache(Cache):
                     f"{known[:, at].tolist()}, given {given[:, at].tolist()}). {advice}"
                 )
         self._token_ids = ids
+
+    def pop_generated(self) -> bool:
+        """Whether the pass that is about to run comes from the loop of ``generate``, after its first one. Asked once."""
+        generated, self._generated = self._generated, False
+        return generated
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` tokens."""

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Forward = Callable[..., Any]
 
+#: What other threads do meanwhile does not spoil a capture.
+_ALONE = {"capture_error_mode": "thread_local"}
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -117,7 +119,7 @@ class DecodeGraph:
         numbers = [(tokens, tokens.counts, tokens.lows) for tokens in self._tokens()]
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.inference_mode(False), torch.no_grad(), torch.cuda.graph(self.graph), blocks:
+            with torch.inference_mode(False), torch.no_grad(), blocks, torch.cuda.graph(self.graph, **_ALONE):
                 self.output = forward(model, **inputs.fixed, **self.inputs, past_key_values=cache)
                 for group in self.groups:
                     first = group.tokens[0]
@@ -237,8 +239,8 @@ class DecodeGraphs:
 
         Notes
         -----
-        A mask is looked at as usual: one that changes what was padding raises. New tokens that are padding, and prepared 4-D
-        masks, are the model's own business.
+        A mask is looked at as usual: one that changes what was padding raises. Between the steps of one ``generate``, which
+        appends ones to it, it is not. New tokens that are padding, and prepared 4-D masks, are the model's own business.
         """
         if self.capturing or not self._serves(cache, model):
             return forward(model, **kwargs)
@@ -246,10 +248,12 @@ class DecodeGraphs:
         inputs, mask = _Inputs.of(kwargs, columns), kwargs.get("attention_mask")
         if inputs is None or (mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2)):
             return forward(model, **kwargs)
-        cache.note_mask(mask, 1, columns + 1)
-        if cache._forward.valid is not None:
-            return forward(model, **kwargs)
         key = inputs.key(model)
+        if not (cache.pop_generated() and self._graph is not None):
+            # Looking at a mask waits for the device.
+            cache.note_mask(mask, 1, columns + 1)
+            if cache._forward.valid is not None:
+                return forward(model, **kwargs)
         if self._graph is not None:
             if self._graph.fits(key):
                 self.replays += 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from eval.ablate import ablate
+from eval.fidelity_command import fidelity
 from eval.legal_command import legal
 from eval.recall import recall
 from eval.reporting.command import report
@@ -15,6 +16,7 @@ app.command()(legal)
 app.command()(ablate)
 app.command()(report)
 app.command()(recall)
+app.command()(fidelity)
 app.add_typer(speed, name="speed")
 
 

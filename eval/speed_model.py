@@ -14,8 +14,11 @@ import torch
 import typer
 from torch import Tensor
 from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.modeling_utils import AttentionInterface
 
 from alaya_hf import DIPR, AlayaCache, AlayaConfig
+from alaya_hf.attention import alaya_attention, alaya_mask
 from alaya_hf.probes import Probe
 from eval.environment import describe
 from eval.random_model import SHAPES, random_model
@@ -55,17 +58,38 @@ class Stopwatch(StoppingCriteria):
         return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
-def context_of(config: Any, tokens: int, device: str, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Keys and values ``[1, kv_heads, tokens, head_dim]`` of a layer; on a GPU distributed as a real model's are."""
+#: Queries ``[1, heads, 1, head_dim]`` of each layer, in place of the model's own.
+_queries: list[Tensor] = []
+NAME = "alaya_speed"
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Attention with queries that fit the synthetic keys: those of random weights would find nothing to select."""
+    if _queries and query.shape[2] == 1:
+        query = _queries[module.layer_idx % len(_queries)].expand_as(query)
+    return alaya_attention(module, query, key, value, *args, **kwargs)
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, alaya_mask)
+
+
+def context_of(
+    config: Any, tokens: int, device: str, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values ``[1, kv_heads, tokens, head_dim]`` of a layer; on a GPU distributed as a real model's are.
+
+    With queries ``[layers, 1, heads, head_dim]`` of the same distribution there, None elsewhere.
+    """
     kv_heads, d = config.num_key_value_heads, config.head_dim
     if device.startswith("cuda"):
         from eval.speed_kernel import synthetic_device_layer
 
         group = config.num_attention_heads // kv_heads
-        return synthetic_device_layer(kv_heads, group, d, tokens, 1, 128, seed, dtype)[:2]
+        return synthetic_device_layer(kv_heads, group, d, tokens, config.num_hidden_layers, 128, seed, dtype)
     generator = torch.Generator().manual_seed(seed)
     keys, values = torch.randn(2, 1, kv_heads, tokens, d, generator=generator).to(dtype)
-    return keys, values
+    return keys, values, None
 
 
 def filled(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new: int) -> Any:
@@ -200,11 +224,13 @@ def model(
     dtype = torch.bfloat16 if cuda else torch.float32
     with torch.cuda.device(device) if cuda else nullcontext():
         network = random_model(shape, device, dtype, layers)
+        network.set_attn_implementation(NAME)
         bandwidth = copy_bandwidth() if cuda else math.nan
         head = f"{describe()}; {shape}{f', {layers} layers' if layers else ''}, {str(dtype)[6:]}, batch {batch}"
         rows: list[dict[str, Any]] = []
         for tokens in (int(n) for n in contexts.split(",")):
-            keys, values = context_of(network.config, tokens, device, dtype)
+            keys, values, queries = context_of(network.config, tokens, device, dtype)
+            _queries[:] = [] if queries is None else queries.unsqueeze(3)
             for name in names:
                 rows.append(_row(name, network, keys, values, batch, new))
                 if "ms" in rows[-1] and cuda:

@@ -256,10 +256,10 @@ def check_many_steps(model: Any, steps: int, settings: AlayaConfig | None = None
     return cache
 
 
-def check_graphs(model: Any, mode: str, settings: AlayaConfig, ids: Tensor, new: int = 150, **kwargs: Any) -> None:
+def check_graphs(model: Any, settings: AlayaConfig, ids: Tensor, new: int = 150, **kwargs: Any) -> None:
     """Replayed steps give the tokens that single kernels do: growing, in a second turn, and after a crop."""
     outs, caches = [], []
-    for how in ("none", mode):
+    for how in ("none", "capture"):
         cache = AlayaCache(settings.replace(cuda_graphs=how))
         found = [generate(model, cache, ids, new, **kwargs)]
         if not kwargs:
@@ -274,6 +274,14 @@ def check_graphs(model: Any, mode: str, settings: AlayaConfig, ids: Tensor, new:
     assert caches[1].stats()["replays"] >= 0.7 * new, caches[1].stats()
     contents = [torch.stack(cache.layers[0].contents()) for cache in caches]
     torch.testing.assert_close(contents[0], contents[1], atol=0.02, rtol=0.02)
+
+
+def check_compiled(model: Any) -> None:
+    """Compiled blocks round otherwise than single kernels: the tokens are the dense model's, as far as its precision goes."""
+    ids, cache = prompt(model, 150), AlayaCache(ALL.replace(query=TopK(320), cuda_graphs="compile"))
+    check_greedy(model, ids, generate(model, cache, ids, 150))
+    assert cache.stats()["replays"] >= 120, cache.stats()
+    assert all(block._compiled_call_impl is None for block in model.model.layers)
 
 
 def check_hot_set(device: str, steps: int, rows: int = 2, kv_heads: int = 2) -> None:

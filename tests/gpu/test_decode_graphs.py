@@ -27,21 +27,24 @@ def no_warnings():
         yield
 
 
-@pytest.mark.parametrize("mode", ["capture", "compile"])
-def test_equal_to_the_step_itself(model, mode, monkeypatch):
+def test_compiled_blocks():
+    cases.check_compiled(cases.tiny_model("cuda"))
+
+
+def test_equal_to_the_step_itself(model, monkeypatch):
     from alaya_hf.engine.device import tokens
 
     # Buffers grow in the middle of the answer.
     monkeypatch.setattr(tokens, "_STORE_STEP", 64)
     monkeypatch.setattr(tokens, "_TILE_STEP", 0)
-    cases.check_graphs(model, mode, cases.DEFAULT, cases.prompt(model, 150))
+    cases.check_graphs(model, cases.DEFAULT, cases.prompt(model, 150))
 
 
 def test_rows_of_unequal_length(model):
     ids = cases.prompt(model, 150, rows=3)
     mask = torch.ones_like(ids)
     mask[0, :70], mask[2, :3] = 0, 0
-    cases.check_graphs(model, "capture", cases.DEFAULT, ids, attention_mask=mask)
+    cases.check_graphs(model, cases.DEFAULT, ids, attention_mask=mask)
 
 
 def test_two_thousand_tokens(model):

@@ -28,7 +28,7 @@ from alaya_hf.storage.pinned import pinned_pool
 _STORE_STEP = 1024  # tokens; the store grows by half, rounded up to this
 _STORE_SLACK = 4096  # tokens that it has room for beyond those of a prefill
 _PACK_BLOCK = 16384  # tokens quantised at a time
-_TILE_STEP = 4  # tiles; the low-bit copy grows by 1/32 and this
+_TILE_STEP = 8  # tiles; the low-bit copy grows by 1/128 and this
 
 
 def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -260,7 +260,7 @@ class DeviceTokens:
             self._set_store(self._copied_store(batch, capacity, list(range(batch)), layers))
         tiles = low // TILE
         if tiles > self.records.shape[2]:
-            grown = self.layout.allocate(batch, self.kv_heads, TILE * (tiles + tiles // 32 + _TILE_STEP), self.device)
+            grown = self.layout.allocate(batch, self.kv_heads, TILE * (tiles + tiles // 128 + _TILE_STEP), self.device)
             grown[:, :, : self.records.shape[2]] = self.records
             self.records = grown
 
