@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 Forward = Callable[..., Any]
 
-#: What other threads do meanwhile does not spoil a capture.
-_ALONE = {"capture_error_mode": "thread_local"}
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -90,6 +88,11 @@ class _Group:
         self.counters.bring_to(first.counts, first.lows, first.init, first.keeps, first.room)
 
 
+def alone(graph: torch.cuda.CUDAGraph) -> Any:
+    """A capture that what other threads do meanwhile does not spoil."""
+    return torch.cuda.graph(graph, capture_error_mode="thread_local")
+
+
 class DecodeGraph:
     """A captured step: its kernels over fixed buffers.
 
@@ -119,7 +122,7 @@ class DecodeGraph:
         numbers = [(tokens, tokens.counts, tokens.lows) for tokens in self._tokens()]
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.inference_mode(False), torch.no_grad(), blocks, torch.cuda.graph(self.graph, **_ALONE):
+            with torch.inference_mode(False), torch.no_grad(), blocks, alone(self.graph):
                 self.output = forward(model, **inputs.fixed, **self.inputs, past_key_values=cache)
                 for group in self.groups:
                     first = group.tokens[0]
@@ -205,6 +208,8 @@ class DecodeGraphs:
     def __init__(self, mode: str) -> None:
         self.mode = mode
         self.capturing = False
+        # A model calls the models in it, with the same cache.
+        self._inside = False
         self.captures = self.replays = 0
         self._graph: DecodeGraph | None = None
         self._last: tuple[Any, list[tuple[Any, ...]]] | None = None
@@ -242,8 +247,15 @@ class DecodeGraphs:
         A mask is looked at as usual: one that changes what was padding raises. Between the steps of one ``generate``, which
         appends ones to it, it is not. New tokens that are padding, and prepared 4-D masks, are the model's own business.
         """
-        if self.capturing or not self._serves(cache, model):
+        if self._inside or not self._serves(cache, model):
             return forward(model, **kwargs)
+        self._inside = True
+        try:
+            return self._step(cache, model, forward, kwargs)
+        finally:
+            self._inside = False
+
+    def _step(self, cache: Any, model: Any, forward: Forward, kwargs: dict[str, Any]) -> Any:
         columns = cache.get_seq_length()
         inputs, mask = _Inputs.of(kwargs, columns), kwargs.get("attention_mask")
         if inputs is None or (mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2)):
