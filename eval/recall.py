@@ -39,6 +39,8 @@ def systems(quick: bool = False) -> list[tuple[str, str, dict[str, Any]]]:
         found.append((family, name, settings))
 
     add("window", "window only", query={"kind": "topk", "k": 0}, index="flat", residual="none")
+    preset = AlayaConfig.preset("alaya")
+    add("preset", "the preset alaya", query=preset.query, index=preset.index, residual=preset.residual)
     add("low_bit alone", "no retrieval, 4-bit K, 2-bit V", query={"kind": "topk", "k": 0}, residual=DEFAULT_BITS)
     alphas = [0.012, 0.001] if quick else [0.1, 0.012, 0.003, 0.001]
     for alpha in alphas:
@@ -154,7 +156,7 @@ def _dense(hits: Any, n: int) -> Tensor:
 
 def _recall_tables(probe: RecallProbe) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     summary, detail = [], []
-    for rule in probe.rules:
+    for rule in probe.rules if probe.found else ():
         for name in INDEXES:
             layers = sorted(layer for r, n, layer in probe.found if (r, n) == (rule, name))
             means = {layer: torch.stack(probe.found[rule, name, layer]).mean(0) for layer in layers}
@@ -202,12 +204,15 @@ def recall(
     window: Annotated[str, typer.Option(help="Window: first, most recent.")] = "64,256",
     device: Annotated[str, typer.Option(help="Device of the model.")] = "cpu",
     quick: Annotated[bool, typer.Option(help="Fewer settings.")] = False,
+    only: Annotated[str, typer.Option(help="Systems with this in their names; no comparison of indexes.")] = "",
     output: Annotated[Path, typer.Option(help="Folder for tables, CSV and plot.")] = Path("results/recall"),
 ) -> None:
     """Recall of each index against exact search, and KL and top-1 agreement of the next token with full attention."""
     init, local = (int(part) for part in window.split(","))
     base = AlayaConfig(window=(init, local), min_context=0, sample_queries=0.4)
-    compared = systems(quick)
+    compared = [system for system in systems(quick) if only in system[1]]
+    if not compared:
+        raise typer.BadParameter(f"--only {only!r}: no system has this in its name")
     settings = {name: base.replace(**changes) for _, name, changes in compared}
     network, tokenizer = load(model, device)
     texts = long_contracts(data_dir, tokenizer, tokens, documents)
@@ -222,7 +227,8 @@ def recall(
             expected = reference(network, sequence, steps)
             progress.advance(task)
             prefilled = prefill(network, sequence[:, :-steps], base)
-            _compare(network, prefilled, sequence[:, -steps:][:, :recall_steps], expected, probe)
+            if not only:
+                _compare(network, prefilled, sequence[:, -steps:][:, :recall_steps], expected, probe)
             progress.advance(task)
             for name, chosen in settings.items():
                 follow(network, prefilled.fork(chosen), sequence[:, -steps:], expected, results[name])
@@ -244,10 +250,12 @@ def _write(
     recall_rows, detail = _recall_tables(probe)
     rows = [_fidelity_row(family, name, results[name]) for family, name, _ in compared]
     output.mkdir(parents=True, exist_ok=True)
-    write_csv(output / "recall_by_head.csv", detail)
+    if detail:
+        write_csv(output / "recall_by_head.csv", detail)
     write_csv(output / "fidelity.csv", rows)
     curves(rows, output / "fidelity.png")
-    text = f"{describe()}\n\n{title}\n\n{markdown(recall_rows)}\n\n{markdown(rows)}\n"
+    tables = [markdown(table) for table in (recall_rows, rows) if table]
+    text = "\n\n".join([describe(), title, *tables]) + "\n"
     (output / "recall.md").write_text(text, encoding="utf-8")
     return text
 
