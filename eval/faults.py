@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
+import numba
 import torch
 import typer
 from rich.progress import Progress
@@ -239,7 +240,9 @@ def kill_campaign(
         names = set(seen["names"])
         problems += [f"kill {number} (during {current}): {problem}" for problem in seen["problems"]]
         if names - must - may:
-            problems.append(f"kill {number} (during {current}): contexts that were deleted are back: {names - must - may}")
+            problems.append(
+                f"kill {number} (during {current}): contexts that were deleted are back: {names - must - may}"
+            )
         if must - names and not sweeping:
             problems.append(f"kill {number} (during {current}): contexts are lost: {must - names}")
         if seen["staging"]:
@@ -379,6 +382,12 @@ def faults(
 ) -> None:
     """Kill a store at random moments and damage its files: nothing may be lost, nothing wrong attached."""
     torch.set_num_threads(1)
+    # The one threading layer that survives a fork; kernels are loaded here, so that kills hit the store and not their loading.
+    numba.config.THREADING_LAYER = "workqueue"
+    numba.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as elsewhere, AlayaDB(elsewhere, model=tiny_model(), settings=SETTINGS) as db:
+        stored = db.import_context(document(0), vectors(document(0)))
+        answer(db.create_session(context=stored.id)[0])
     with tempfile.TemporaryDirectory(dir=folder) as temporary, Progress() as progress:
         task = progress.add_task("kills", total=kills)
         killed = kill_campaign(kills, Path(temporary) / "kills", seed, lambda: progress.advance(task))
