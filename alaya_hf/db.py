@@ -38,6 +38,8 @@ from alaya_hf.storage.db.folder import Folder
 from alaya_hf.storage.db.mapped import over
 from alaya_hf.storage.db.parts import Part, dump, write_parts
 from alaya_hf.storage.db.reader import Reader, SegmentGone
+from alaya_hf.storage.db.remote import RemoteStore
+from alaya_hf.storage.db.remote.tier import RemoteTier
 from alaya_hf.storage.db.vector_file import Source, VectorFile, file_bytes
 from alaya_hf.storage.db.writer import SegmentWriter, layer_name, new_id
 
@@ -110,8 +112,8 @@ class AlayaDB:
     buffer_bytes : int, optional
         Budget for mapped pages of this process, see :class:`~alaya_hf.storage.db.buffer_manager.BufferManager`. None: the
         system decides.
-    remote : RemoteStore, optional
-        Where contexts are shared with other machines, see :mod:`alaya_hf.storage.db.remote`.
+    remote : RemoteStore or str, optional
+        Where contexts are shared with other machines, see :mod:`alaya_hf.storage.db.remote`; a URL is one of fsspec.
     block : int
         Tokens per block of the prefix search, of a new store.
 
@@ -139,7 +141,7 @@ class AlayaDB:
         settings: AlayaConfig | str | None = None,
         read_only: bool = False,
         buffer_bytes: int | None = None,
-        remote: Any = None,
+        remote: RemoteStore | str | None = None,
         block: int = 64,
     ) -> None:
         if not _NAME.fullmatch(namespace):
@@ -152,7 +154,7 @@ class AlayaDB:
         self._buffers = None if buffer_bytes is None else BufferManager(buffer_bytes)
         self._reader = Reader(self._folder, self._catalog, self._buffers)
         self._fingerprint: tuple[Any, dict[str, str]] | None = None
-        self._remote = None
+        self._remote: RemoteTier | None = None
         if model is not None:
             layers = Session(self.settings, config=model.config).layers
             kinds = {type(layer).__name__ for layer in layers if not isinstance(layer, AlayaLayer)}
@@ -162,8 +164,10 @@ class AlayaDB:
                     "Use an AlayaCache without a database."
                 )
         if remote is not None:
-            from alaya_hf.storage.db.remote.tier import RemoteTier
+            if isinstance(remote, str):
+                from alaya_hf.storage.db.remote.fsspec import FsspecStore
 
+                remote = FsspecStore(remote)
             self._remote = RemoteTier(remote, self._folder, self._catalog)
 
     def __enter__(self) -> AlayaDB:

@@ -34,6 +34,8 @@ Model = Annotated[
 Preset = Annotated[str, typer.Option(help="A preset, or a YAML file of an AlayaConfig.")]
 Device = Annotated[str, typer.Option(help="Where the model runs: auto, cpu, cuda, cuda:1, ...")]
 
+Remote = Annotated[str | None, typer.Option(help="A store to share with other machines, a URL of fsspec.")]
+
 STORE = Path("contexts")
 
 
@@ -121,12 +123,15 @@ def put(
     namespace: Namespace = "default",
     preset: Preset = "alaya",
     device: Device = "auto",
+    remote: Remote = None,
 ) -> None:
     """Read a document with a model and store its keys and values."""
     with _errors():
         text = _document(file)
         network, tokenizer = _load(model, device)
-        with AlayaDB(db, model=network, tokenizer=tokenizer, namespace=namespace, settings=_settings(preset)) as store:
+        with AlayaDB(
+            db, model=network, tokenizer=tokenizer, namespace=namespace, settings=_settings(preset), remote=remote
+        ) as store:
             session, row = _put(store, _ids(tokenizer, text), name or file.name)
         typer.echo(f"{row.name}: {row.tokens:,} tokens, {row.bytes:,} bytes ({row.id[:8]})")
 
@@ -142,6 +147,7 @@ def ask(
     namespace: Namespace = "default",
     preset: Preset = "alaya",
     device: Device = "auto",
+    remote: Remote = None,
 ) -> None:
     """Ask a document; a file that is not stored yet is read and stored first. The answer comes as it is generated."""
     import time
@@ -151,7 +157,9 @@ def ask(
 
     with _errors():
         network, tokenizer = _load(model, device)
-        with AlayaDB(db, model=network, tokenizer=tokenizer, namespace=namespace, settings=_settings(preset)) as store:
+        with AlayaDB(
+            db, model=network, tokenizer=tokenizer, namespace=namespace, settings=_settings(preset), remote=remote
+        ) as store:
             path = Path(context)
             if path.is_file():
                 ids = _ids(tokenizer, _document(path))
