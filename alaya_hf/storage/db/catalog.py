@@ -517,22 +517,23 @@ class Catalog:
         Raises
         ------
         LookupError
-            If the base was deleted meanwhile: write all of it.
+            If the base was deleted meanwhile, or belongs to another namespace or model: write all of it.
         ContextExistsError
             If the name belongs to a context that this one does not continue.
         """
         now = time.time()
         hashes = hashing.chain(ids, self.block, namespace)
         with self._changing() as db:
-            for link in base.links:
-                row = db.execute("SELECT live FROM segments WHERE id = ?", (link.segment,)).fetchone()
-                if row is None or row[0] < link.length:
-                    raise LookupError(link.segment)
             db.execute(
                 "INSERT OR IGNORE INTO spaces (namespace, digest, fields) VALUES (?, ?, ?)",
                 (namespace, digest_of(fields), json.dumps(dict(fields), sort_keys=True)),
             )
             space = self._space(db, namespace, fields)
+            for link in base.links:
+                # A session may have begun in another namespace, or under another model: nothing is shared across them.
+                row = db.execute("SELECT live, space FROM segments WHERE id = ?", (link.segment,)).fetchone()
+                if row is None or row[0] < link.length or row[1] != space:
+                    raise LookupError(link.segment)
             last = base.links[-1].segment if base.links else None
             for segment in new:
                 stop = segment.start + segment.tokens
