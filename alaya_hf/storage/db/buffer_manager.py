@@ -5,6 +5,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from typing import Protocol
+from weakref import ReferenceType, ref
+
+from alaya_hf.errors import ConfigError
 
 FRAME = 1 << 20
 """Bytes that come and go together."""
@@ -26,7 +29,12 @@ class BufferManager:
     Parameters
     ----------
     budget : int
-        Bytes that may stay. One frame (1 MiB) more than that is held while it is being read.
+        Bytes that may stay. What one read asks for is held together, also where it is more.
+
+    Raises
+    ------
+    ConfigError
+        For less than one frame.
 
     Notes
     -----
@@ -36,9 +44,12 @@ class BufferManager:
 
     def __init__(self, budget: int) -> None:
         if budget < FRAME:
-            raise ValueError(f"a buffer budget must be at least {FRAME:,} bytes (one frame), but got {budget!r}.")
+            raise ConfigError(f"a buffer budget must be at least {FRAME:,} bytes (one frame), but got {budget!r}.")
         self.budget = budget
-        self._frames: dict[str, OrderedDict[tuple[int, int], Evictable]] = {kind: OrderedDict() for kind in KINDS}
+        # Weakly: a file that no session has open any more is unmapped, and its frames with it.
+        self._frames: dict[str, OrderedDict[tuple[int, int], ReferenceType[Evictable]]] = {
+            kind: OrderedDict() for kind in KINDS
+        }
         self._lock = threading.Lock()
 
     @property
@@ -59,8 +70,9 @@ class BufferManager:
         with self._lock:
             held = self._frames[kind]
             wanted = {(id(file), frame) for frame in frames}
+            reference = ref(file)
             for key in wanted:
-                held[key] = file
+                held[key] = reference
                 held.move_to_end(key)
             count = sum(len(frames) for frames in self._frames.values())
             excess = count - self.budget // FRAME
@@ -71,12 +83,7 @@ class BufferManager:
                         return
                     if key in wanted:
                         continue
-                    frames_of.pop(key).release(key[1] * FRAME, (key[1] + 1) * FRAME)
+                    victim_file = frames_of.pop(key)()
+                    if victim_file is not None:
+                        victim_file.release(key[1] * FRAME, (key[1] + 1) * FRAME)
                     excess -= 1
-
-    def forget(self, file: Evictable) -> None:
-        """A file is closed."""
-        with self._lock:
-            for frames in self._frames.values():
-                for key in [key for key in frames if key[0] == id(file)]:
-                    del frames[key]

@@ -141,7 +141,8 @@ def write_vectors(fd: int, layer: int, sources: Mapping[str, Source], metadata: 
     header = _header(sources, metadata, blocks, padding)
     total = len(header) + data + padding + 8 * blocks
     # Room is taken before anything is written: a full disk shows here.
-    os.posix_fallocate(fd, 0, total)
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, total)
     _write(fd, header)
     sums = np.empty(blocks, np.uint64)
     chunk = np.zeros(_CHUNK, np.uint8)
