@@ -356,7 +356,10 @@ class Catalog:
         ).fetchall()
 
     def _extended(self, db: sqlite3.Connection, space: int, chain: Chain, ids: np.ndarray) -> Chain:
-        """Go on token by token where no whole block matches: within a segment, and into those that branch off."""
+        """Go on token by token where no whole block matches: within a segment, and into those that branch off.
+
+        The ids of the segments in ``chain`` are verified already.
+        """
         best = chain
         if chain.links:
             last = chain.links[-1]
@@ -365,7 +368,6 @@ class Catalog:
             given = ids[chain.tokens : chain.tokens + known.size]
             equal = _equal(known, given)
             if equal:
-                self._check_ids(db, last.segment)
                 best = Chain((*chain.links[:-1], Link(last.segment, last.start, last.length + equal)))
             begin, end, parent = chain.tokens, best.tokens, last.segment
             children = db.execute(
