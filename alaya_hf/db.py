@@ -191,7 +191,10 @@ class AlayaDB:
     def fingerprint(self) -> dict[str, str]:
         """What its contexts depend on besides their tokens; made again when parameters or adapters have changed."""
         model = self._need_model()
-        state = tuple((p.data_ptr() if p.device.type != "meta" else 0, p._version) for p in model.parameters())
+        state = tuple(
+            (p.data_ptr() if p.device.type != "meta" else 0, 0 if p.is_inference() else p._version)
+            for p in model.parameters()
+        )
         active = getattr(model, "active_adapters", None) if getattr(model, "peft_config", None) else None
         key = (state, str(active() if callable(active) else active))
         if self._fingerprint is None or self._fingerprint[0] != key:
