@@ -3,11 +3,13 @@
 from alaya_hf import attention as _attention
 from alaya_hf.cache import AlayaCache
 from alaya_hf.config import AlayaConfig, WindowConfig
+from alaya_hf.db import AlayaDB
 from alaya_hf.engine.residual import BlockMean, LowBit, NoResidual
 from alaya_hf.errors import AlayaError
 from alaya_hf.index import Coarse, Flat, Graph, Quantized, Sign
 from alaya_hf.layer import AlayaLayer
 from alaya_hf.query import DIPR, Full, Recovery, TopK
+from alaya_hf.session import Session
 
 __version__ = "0.1.0"
 
@@ -15,6 +17,7 @@ __all__ = [
     "DIPR",
     "AlayaCache",
     "AlayaConfig",
+    "AlayaDB",
     "AlayaError",
     "AlayaLayer",
     "BlockMean",
@@ -26,6 +29,7 @@ __all__ = [
     "NoResidual",
     "Quantized",
     "Recovery",
+    "Session",
     "Sign",
     "TopK",
     "WindowConfig",

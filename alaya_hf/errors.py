@@ -39,3 +39,43 @@ class NonFiniteError(AlayaError):
 
 class HostMemoryError(AlayaError, MemoryError):
     """The host has too little free memory for the requested context."""
+
+
+class StoreError(AlayaError):
+    """A store of contexts cannot do what was asked; nothing visible has changed."""
+
+
+class CorruptStoreError(StoreError):
+    """A stored file is damaged, incomplete or not what the catalog says; names the context and the layer."""
+
+
+class FingerprintError(StoreError):
+    """A stored context was made by another model; the message names what differs."""
+
+
+class UnknownContextError(StoreError, KeyError):
+    """There is no such context in the namespace."""
+
+    def __str__(self) -> str:
+        # KeyError shows its argument quoted.
+        return ValueError.__str__(self)
+
+
+class ContextExistsError(StoreError):
+    """Another context has the name already."""
+
+
+class ReadOnlyStoreError(StoreError):
+    """The store, or its folder, may not be written to."""
+
+
+class DiskFullError(StoreError, OSError):
+    """The disk has too little room for what would be stored."""
+
+    def __str__(self) -> str:
+        # OSError shows an error number.
+        return ValueError.__str__(self)
+
+
+class RemoteError(StoreError):
+    """A remote store failed or took too long; local contexts go on being served."""

@@ -25,7 +25,7 @@ from alaya_hf.kernels.attention import window_attention
 from alaya_hf.kernels.partial import Partial, merge
 from alaya_hf.planner import choose
 from alaya_hf.probes import Probe, StepRecord
-from alaya_hf.storage import HostStore, Window
+from alaya_hf.storage import HostStore, Piece, Window
 from alaya_hf.storage.memory import check_room
 
 
@@ -341,6 +341,50 @@ class AlayaLayer(CacheLayerMixin):
             raise AlayaError(f"layer {self.layer_idx} holds {self._columns} tokens already. Fill an empty cache.")
         self.lazy_initialization(keys, values)
         self._append(keys, values, valid, self._keep(keys.shape[2], 0))
+
+    @_outside_inference_mode
+    def attach(
+        self, first: Tensor, recent: Tensor, pieces: list[Piece], dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Take a stored context into an empty layer of one row, to be attended where it lies.
+
+        Parameters
+        ----------
+        first, recent : Tensor
+            ``[kv_heads, m, 2, head_dim]``: the context's first tokens (at most ``window.init``) and its most recent ones; copied.
+        pieces : list of Piece
+            All tokens between them.
+        dtype, device
+            Of the model's keys and values.
+
+        Raises
+        ------
+        AlayaError
+            If the layer holds tokens.
+        """
+        if self._columns:
+            raise AlayaError(f"layer {self.layer_idx} holds {self._columns} tokens already. Attach to an empty cache.")
+        recent = recent.to(device, dtype)
+        self.lazy_initialization(recent[None, :, :, 0], recent[None, :, :, 1])
+        assert self.window is not None and self.store is not None
+        self.window.restore(first.to(device, dtype), recent)
+        self.store.rows[0] = pieces
+        self._columns = first.shape[1] + sum(piece.length for piece in pieces) + recent.shape[1]
+
+    def parts(self) -> tuple[Tensor, list[Piece], Tensor]:
+        """What a layer of one row without padding holds, in order: first tokens, pieces of the store, recent tokens.
+
+        Returns
+        -------
+        first, recent : Tensor
+            ``[kv_heads, m, 2, head_dim]`` in the dtype of the store, on the host.
+        pieces : list of Piece
+        """
+        assert self.window is not None and self.store is not None and self._valid is None
+        keys, values = self.window.row(0)
+        count = self.window.init_lengths[0]
+        window = torch.stack([keys, values], dim=2).to("cpu", self.store.dtype)
+        return window[:, :count], [piece for piece in self.store.rows[0] if piece.length], window[:, count:]
 
     def contents(self) -> tuple[Tensor, Tensor]:
         """Everything cached, in order: two ``[batch, kv_heads, tokens, head_dim]`` on the layer's device.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from eval.ablate import ablate
+from eval.faults import faults
 from eval.fidelity_command import fidelity
 from eval.legal_command import legal
 from eval.recall import recall
@@ -16,6 +17,7 @@ app.command()(legal)
 app.command()(ablate)
 app.command()(report)
 app.command()(recall)
+app.command()(faults)
 app.command()(fidelity)
 app.add_typer(speed, name="speed")
 

@@ -26,9 +26,11 @@ from eval.plots import loglog
 from eval.report import markdown, write_csv
 from eval.speed_model import model
 from eval.speed_prefill import prefill
+from eval.speed_reuse import reuse
 from eval.synthetic import synthetic_layer
 
 app = typer.Typer(no_args_is_help=True, help="Speed, against the baseline of the same run.")
+app.command()(reuse)
 try:
     from eval.speed_kernel import kernel
 except ImportError:  # no Triton on this system

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from alaya_hf import AlayaConfig, __version__
+from alaya_hf.cli.db import app as db_app
 from alaya_hf.cli.demo import ALL_PRESETS, MAX_NEW_TOKENS, PRESETS, WINDOW, Demo
 from alaya_hf.errors import AlayaError, ConfigError
 
@@ -21,6 +22,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(db_app, name="db")
 
 
 def _fail(error: Exception) -> NoReturn:

@@ -64,7 +64,7 @@ def attend_store(q: Tensor, store: HostStore, block: int, scaling: float, softca
         total = Partial.empty(query.shape[:3], q.shape[3], q.device)
         for piece in store.rows[row]:
             for start in range(0, piece.length, block):
-                part = piece.kv[:, start : start + block]
+                part = piece.segment.read(start, min(start + block, piece.length))
                 moved += part.numel() * part.element_size()
                 part = part.to(q.device, q.dtype).unsqueeze(0)
                 merge_into(total, exact_attention(query, part[:, :, :, 0], part[:, :, :, 1], scaling, softcap=softcap))

@@ -32,14 +32,18 @@ class RetrievalStats:
 
 def _search(q: Tensor, pieces: list[Piece], plan: Plan, best: Tensor, scaling: float, window_lse: Tensor) -> list[Hits]:
     hits = [
-        piece.segment.searcher(plan.index).search(q, piece.kv, plan.query, best, scaling, window_lse)
+        piece.segment.searcher(plan.index).search(
+            q, piece.kv if plan.index.reads_vectors else piece.view, plan.query, best, scaling, window_lse
+        )
         for piece in pieces
     ]
     if len(hits) == 1 or not plan.query.cuts_segments:
         return hits
     # Each segment answered for itself; the cut over all of them is the same rule applied to what they found.
     for piece, found in zip(pieces, hits, strict=True):
-        found.with_scores(q, piece.kv)
+        if found.scores is None:
+            piece.segment.check(found.ids, found.offsets)
+        found.with_scores(q, piece.view)
     together = torch.cat([found.as_rows() for found in hits], dim=2)
     threshold = plan.query.threshold_over_segments(together, best, scaling, window_lse)
     return [found.at_least(threshold) for found in hits]
@@ -122,7 +126,8 @@ def retrieve(
             for piece, hits in zip(pieces, found, strict=True):
                 mask = _attendance(hits.mask, q_len) if group_mode == "union" else hits.mask
                 if hits.ids.numel():
-                    parts.append(host.gather_attention(q_host[row], piece.kv, hits.ids, hits.offsets, scaling, mask))
+                    piece.segment.check(hits.ids, hits.offsets)
+                    parts.append(host.gather_attention(q_host[row], piece.view, hits.ids, hits.offsets, scaling, mask))
                 if probing:
                     _count(stats, row, hits, mask, heads, q_len, start)
                 if not plan.residual.is_none:

@@ -117,6 +117,27 @@ class Searcher(ABC):
             See :meth:`Query.threshold`.
         """
 
+    def state(self) -> dict[str, Tensor] | None:
+        """What was built, as tensors to store beside the vectors; None: cannot be stored, build it again."""
+        return None
+
+    def restore(self, state: dict[str, Tensor], tokens: int) -> None:
+        """Take over what :meth:`state` gave, for a segment that is not extended any more.
+
+        Parameters
+        ----------
+        state : dict of Tensor
+            May be mapped read-only; is read in place.
+        tokens : int
+            Tokens indexed.
+
+        Raises
+        ------
+        ValueError
+            If the tensors are not what :meth:`state` of ``tokens`` tokens would be.
+        """
+        raise NotImplementedError(f"{type(self).__name__} stores nothing.")
+
     @property
     @abstractmethod
     def nbytes(self) -> int:
@@ -129,6 +150,10 @@ class Index(ABC):
     kind: str
     #: Whether a search scores every token, exactly or approximately.
     scores_all: ClassVar[bool] = False
+    #: Whether a search reads the vectors of tokens that it does not return; a segment in a file is then verified whole.
+    reads_vectors: ClassVar[bool] = False
+    #: Whether a searcher keeps nothing of its own, so that it can be restored from nothing.
+    stateless: ClassVar[bool] = False
 
     @property
     def sample_ratio(self) -> float:

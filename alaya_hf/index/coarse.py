@@ -10,6 +10,7 @@ from torch import Tensor
 from alaya_hf.errors import ConfigError
 from alaya_hf.index.base import Hits, Index, Searcher
 from alaya_hf.kernels import host
+from alaya_hf.kernels.state import expect_tensors
 from alaya_hf.query.base import Query
 from alaya_hf.query.topk import TopK
 from alaya_hf.registry import INDEXES
@@ -115,6 +116,23 @@ class CoarseSearcher(Searcher):
         self._rest = rest.clone()
         self._summaries = torch.cat(parts, dim=1) if parts else None
         self.num_tokens += kv.shape[1]
+
+    def state(self) -> dict[str, Tensor]:
+        """The representatives, and the keys of the incomplete last block."""
+        assert self._summaries is not None and self._rest is not None
+        return {"summaries": self._summaries, "rest": self._rest}
+
+    def restore(self, state: dict[str, Tensor], tokens: int) -> None:
+        """See :meth:`Searcher.restore`."""
+        summaries, rest = expect_tensors(state, {"summaries": torch.float32, "rest": torch.float32})
+        count = {"bounds": 2, "mean": 1}.get(self.index.strategy, self.index.count)
+        blocks = -(-tokens // self.index.block)
+        if summaries.ndim != 4 or tuple(summaries.shape[1:3]) != (blocks, count):
+            raise ValueError(
+                f"expected [kv_heads, {blocks}, {count}, head_dim] representatives of {tokens} tokens, but got "
+                f"{tuple(summaries.shape)}."
+            )
+        self._summaries, self._rest, self.num_tokens = summaries, rest, tokens
 
     def _scores(self, q: Tensor, blocks: int) -> Tensor:
         assert self._summaries is not None

@@ -22,6 +22,8 @@ class Flat(Index):
     """
 
     scores_all: ClassVar[bool] = True
+    reads_vectors: ClassVar[bool] = True
+    stateless: ClassVar[bool] = True
 
     def open(self, segment: object) -> FlatSearcher:
         """See :meth:`Index.open`."""
@@ -34,6 +36,14 @@ class FlatSearcher(Searcher):
     def extend(self, kv: Tensor, queries: Tensor | None = None) -> None:
         """See :meth:`Searcher.extend`."""
         self.num_tokens += kv.shape[1]
+
+    def state(self) -> dict[str, Tensor]:
+        """Nothing."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor], tokens: int) -> None:
+        """See :meth:`Searcher.restore`."""
+        self.num_tokens = tokens
 
     def search(self, q: Tensor, kv: Tensor, query: Query, best: Tensor, scaling: float, window_lse: Tensor) -> Hits:
         """See :meth:`Searcher.search`."""

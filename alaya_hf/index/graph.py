@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from alaya_hf.errors import ConfigError
 from alaya_hf.index.base import Hits, Index, Searcher
 from alaya_hf.index.roargraph import RoarGraph
+from alaya_hf.kernels.state import expect_tensors
 from alaya_hf.query.base import Query
 from alaya_hf.query.dipr import DIPR
 from alaya_hf.query.topk import TopK
@@ -55,6 +56,9 @@ class Graph(Index):
     ef: int = 128
     query_ratio: float = 0.4
     slack: float = 1.0
+
+    # DIPRS walks over keys that are not critical.
+    reads_vectors: ClassVar[bool] = True
 
     @property
     def sample_ratio(self) -> float:
@@ -113,6 +117,21 @@ class GraphSearcher(Searcher):
         else:
             self._graph.extend(self.segment.kv, kv.shape[1], queries)
         self.num_tokens += kv.shape[1]
+
+    def state(self) -> dict[str, Tensor]:
+        """Adjacency and entry points."""
+        state = self._graph.state_dict()
+        return {name: state[name] for name in ("adjacency", "entries")}
+
+    def restore(self, state: dict[str, Tensor], tokens: int) -> None:
+        """See :meth:`Searcher.restore`. Reads the adjacency once, to refuse ids outside the context."""
+        adjacency, entries = expect_tensors(state, {"adjacency": torch.int32, "entries": torch.int32})
+        self._graph = RoarGraph.from_state_dict(
+            {**self._graph.state_dict(), "adjacency": adjacency, "entries": entries}
+        )
+        if tuple(adjacency.shape[:2]) != (self.segment.view.shape[0], tokens):
+            raise ValueError(f"expected a graph of {tokens} tokens, but got adjacency {tuple(adjacency.shape)}.")
+        self.num_tokens = tokens
 
     def search(self, q: Tensor, kv: Tensor, query: Query, best: Tensor, scaling: float, window_lse: Tensor) -> Hits:
         """See :meth:`Searcher.search`."""

@@ -35,6 +35,7 @@ class Quantized(Index):
     margin: float = 2.0
 
     scores_all: ClassVar[bool] = True
+    stateless: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.bits not in (2, 4, 8):
@@ -66,6 +67,14 @@ class QuantizedSearcher(Searcher):
             self._squares = squares if self._squares is None else self._squares + squares
             self._groups = groups
 
+    def state(self) -> dict[str, Tensor]:
+        """Nothing: the segment stores its low-bit copy."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor], tokens: int) -> None:
+        """See :meth:`Searcher.restore`."""
+        self.extend(self.segment.view[:, :tokens])
+
     def _error(self, q: Tensor) -> Tensor:
         """Standard deviation of the error of a score, ``[kv_heads, group]``: rounding is uniform within a step."""
         if self._squares is None:
@@ -84,7 +93,10 @@ class QuantizedSearcher(Searcher):
             threshold = threshold - self.index.margin * self._error(q)
         ids, offsets, mask = host.select_threshold(scores, threshold)
         hits = Hits(ids, offsets, mask, touched=touched, all_scores=scores)
-        return hits.with_scores(q, kv).cut(query, best, scaling, window_lse) if rescore else hits
+        if not rescore:
+            return hits
+        self.segment.check(ids, offsets)
+        return hits.with_scores(q, kv).cut(query, best, scaling, window_lse)
 
     @property
     def nbytes(self) -> int:

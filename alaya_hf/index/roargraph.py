@@ -343,8 +343,11 @@ class RoarGraph:
             raise ValueError(
                 "the adjacency holds ids outside the context; the stored graph is damaged, build it again."
             )
-        graph._adjacency = np.array(adjacency.numpy(), np.int32, order="C")
-        graph._entries = np.array(entries.numpy(), np.int32, order="C")
+        if entries.numel() and not (-1 <= int(entries.min()) and int(entries.max()) < adjacency.shape[1]):
+            raise ValueError("an entry point lies outside the context; the stored graph is damaged, build it again.")
+        # In place: `extend` grows into a copy before it writes.
+        graph._adjacency = adjacency.contiguous().numpy()
+        graph._entries = entries.contiguous().numpy()
         graph.num_tokens = adjacency.shape[1]
         return graph
 

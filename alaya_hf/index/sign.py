@@ -51,20 +51,29 @@ class Sign(Index):
 
     def open(self, segment: Any) -> SignSearcher:
         """See :meth:`Index.open`."""
-        return SignSearcher(self, *segment.kv.shape[::3])
+        return SignSearcher(self, segment)
 
 
 class SignSearcher(Searcher):
     """The codes of one segment."""
 
-    def __init__(self, index: Sign, kv_heads: int, head_dim: int) -> None:
-        self.index = index
-        self._signs = SignKeys(kv_heads, head_dim)
+    def __init__(self, index: Sign, segment: Any) -> None:
+        self.index, self.segment = index, segment
+        self._signs = SignKeys(*segment.view.shape[::3])
 
     def extend(self, kv: Tensor, queries: Tensor | None = None) -> None:
         """See :meth:`Searcher.extend`."""
         self._signs.append(kv[:, :, 0])
         self.num_tokens += kv.shape[1]
+
+    def state(self) -> dict[str, Tensor]:
+        """The codes and their factors."""
+        return self._signs.state_dict()
+
+    def restore(self, state: dict[str, Tensor], tokens: int) -> None:
+        """See :meth:`Searcher.restore`."""
+        self._signs = SignKeys.from_state_dict(state, self._signs.kv_heads, self._signs.head_dim, tokens)
+        self.num_tokens = tokens
 
     def search(self, q: Tensor, kv: Tensor, query: Query, best: Tensor, scaling: float, window_lse: Tensor) -> Hits:
         """See :meth:`Searcher.search`."""
@@ -74,6 +83,7 @@ class SignSearcher(Searcher):
         threshold = query.threshold(scores - error, best, scaling, window_lse)
         ids, offsets, mask = host.select_threshold(scores + error, threshold)
         hits = Hits(ids, offsets, mask, touched=kv.shape[0] * n)
+        self.segment.check(ids, offsets)
         return hits.with_scores(q, kv).cut(query, best, scaling, window_lse)
 
     @property

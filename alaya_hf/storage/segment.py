@@ -48,14 +48,32 @@ class Segment:
         return self
 
     @property
-    def kv(self) -> Tensor:
-        """``[kv_heads, used, 2, head_dim]``, a view: keys at ``[:, :, 0]``, values at ``[:, :, 1]``."""
+    def view(self) -> Tensor:
+        """``[kv_heads, used, 2, head_dim]``, a view: keys at ``[:, :, 0]``, values at ``[:, :, 1]``; see :meth:`check`."""
         return self._buffer[:, : self.used]
+
+    @property
+    def kv(self) -> Tensor:
+        """:attr:`view`, of vectors that are safe to read as a whole."""
+        return self.read()
+
+    def read(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """Tokens ``start`` to ``stop`` of :attr:`view`, safe to read: a segment in a file verifies them first."""
+        return self.view[:, start:stop]
+
+    def check(self, ids: Tensor, offsets: Tensor) -> None:
+        """Make single tokens of :attr:`view` safe to read; nothing to do in memory.
+
+        Parameters
+        ----------
+        ids, offsets : Tensor
+            Tokens per KV head, see :class:`alaya_hf.index.Hits`.
+        """
 
     @property
     def nbytes(self) -> int:
         """Bytes of the stored vectors (spare capacity not counted)."""
-        return self.kv.numel() * self._buffer.element_size()
+        return self.view.numel() * self._buffer.element_size()
 
     def index_nbytes(self, index: Any) -> int:
         """Bytes of one index over this segment, 0 if it was never asked."""
@@ -86,7 +104,7 @@ class Segment:
         capacity = max(tokens, min(capacity + capacity // 2, capacity + (1 << 16)), 256)
         check_host_memory(kv_heads * capacity * 2 * head_dim * self._buffer.element_size(), "the offloaded context")
         grown = torch.empty(kv_heads, capacity, 2, head_dim, dtype=self._buffer.dtype)
-        grown[:, : self.used] = self.kv
+        grown[:, : self.used] = self.view
         self._buffer = grown
 
     def append(self, keys: Tensor, values: Tensor) -> None:
@@ -140,7 +158,7 @@ class Segment:
             searcher = self._searchers[index] = index.open(self)
         if searcher.num_tokens < self.used:
             queries = torch.cat(self._samples, dim=1) if self._samples else None
-            searcher.extend(self.kv[:, searcher.num_tokens :], queries)
+            searcher.extend(self.read(searcher.num_tokens), queries)
             if not self.shared:
                 # Needed once; copies of the cache may still build other indexes from them.
                 self._samples = []
@@ -168,7 +186,7 @@ class Segment:
                 # A copy of the same keys alone has become superfluous.
                 self._lowbits.pop((key_bits, None), None)
         if low.num_tokens < self.used:
-            low.append(self.kv[:, low.num_tokens :])
+            low.append(self.read(low.num_tokens))
         return low
 
     def means(self, block: int, with_keys: bool, tokens: int) -> BlockMeans:
@@ -178,9 +196,13 @@ class Segment:
         """
         key = (block, with_keys, None if tokens == self.used else tokens)
         means = self._means.get(key)
+        whole = self._means.get((block, with_keys, None))
+        if means is None and whole is not None and whole.num_tokens >= tokens:
+            done = tokens // block * block
+            means = self._means[key] = whole.prefix(done)
         if means is None:
             means = BlockMeans(self._buffer.shape[0], self._buffer.shape[3], block, with_keys)
             self._means[key] = means
         if means.num_tokens < tokens:
-            means.append(self.kv[:, means.num_tokens : tokens])
+            means.append(self.read(means.num_tokens, tokens))
         return means

@@ -19,8 +19,13 @@ class Piece:
 
     @property
     def kv(self) -> Tensor:
-        """``[kv_heads, length, 2, head_dim]``, a view."""
-        return self.segment.kv[:, : self.length]
+        """``[kv_heads, length, 2, head_dim]``, a view, safe to read as a whole."""
+        return self.segment.read(0, self.length)
+
+    @property
+    def view(self) -> Tensor:
+        """The same view for readers of a few tokens, who call ``segment.check`` first."""
+        return self.segment.view[:, : self.length]
 
 
 class HostStore:
@@ -130,7 +135,7 @@ class HostStore:
         while tokens:
             piece = pieces[-1]
             count = min(tokens, piece.length)
-            taken.insert(0, piece.kv[:, piece.length - count :].clone())
+            taken.insert(0, piece.segment.read(piece.length - count, piece.length).clone())
             sole = self._may_write(piece, [row])
             piece.length -= count
             if sole:

@@ -152,6 +152,20 @@ class Window:
         ]
         return [pair[0] for pair in joined], [pair[1] for pair in joined]
 
+    def restore(self, first: Tensor, recent: Tensor) -> None:
+        """Fill an empty window of one row.
+
+        Parameters
+        ----------
+        first, recent : Tensor
+            ``[kv_heads, m, 2, head_dim]``: the first tokens, at most ``init``, and the most recent ones.
+        """
+        count = first.shape[1]
+        self._keys[0, :, :count], self._values[0, :, :count] = first[:, :, 0], first[:, :, 1]
+        self.init_lengths = [count]
+        # Room for the tokens to come, as they are pushed one by one.
+        self.append(recent[None, :, :, 0], recent[None, :, :, 1], None)
+
     def take_init(self, row: int, tokens: int) -> tuple[Tensor, Tensor]:
         """Remove the last of a row's first tokens: two ``[kv_heads, tokens, head_dim]``, copies."""
         have = self.init_lengths[row]

@@ -31,6 +31,10 @@ class Residual(ABC):
     def prepare(self, segment: Segment) -> None:
         """Bring what the estimate reads up to date with the segment; called before the index searches it."""
 
+    def accelerate(self, segment: Segment, index: Index) -> None:
+        """Build everything that the estimate reads beside this index, so that it can be stored with the segment."""
+        self.prepare(segment)
+
     @abstractmethod
     def nbytes(self, segment: Segment) -> int:
         """Bytes that the estimate keeps for a segment."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from alaya_hf.engine.residual.base import Residual
 from alaya_hf.errors import ConfigError
-from alaya_hf.index import Hits
+from alaya_hf.index import Hits, Index
 from alaya_hf.kernels import host
 from alaya_hf.kernels.partial import Partial
 from alaya_hf.registry import RESIDUALS
@@ -56,6 +56,10 @@ class BlockMean(Residual):
     def prepare(self, segment: Segment) -> None:
         """Nothing: the means are made when they are first read."""
 
+    def accelerate(self, segment: Segment, index: Index) -> None:
+        """See :meth:`Residual.accelerate`."""
+        segment.means(self.block, self.keys is True or not index.scores_all, segment.used)
+
     def nbytes(self, segment: Segment) -> int:
         """See :meth:`Residual.nbytes`."""
         return segment.means_nbytes(self.block)
@@ -66,5 +70,5 @@ class BlockMean(Residual):
         means = piece.segment.means(self.block, with_keys, piece.length)
         scores = None if with_keys else hits.all_scores
         return host.block_mean_attention(
-            q, means, scaling, scores=scores, kv=piece.kv, ids=hits.ids, offsets=hits.offsets, mask=mask
+            q, means, scaling, scores=scores, kv=piece.view, ids=hits.ids, offsets=hits.offsets, mask=mask
         )

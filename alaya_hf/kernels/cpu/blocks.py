@@ -20,6 +20,7 @@ from alaya_hf.kernels.cpu.numeric import (
 )
 from alaya_hf.kernels.cpu.tiles import NO_MAX, TILE, combine, pad_queries, padded_group, tile_scores, tile_update
 from alaya_hf.kernels.partial import Partial
+from alaya_hf.kernels.state import expect_tensors
 
 __all__ = ["BlockMeans", "block_mean_attention", "block_mean_attention_reference"]
 
@@ -123,6 +124,46 @@ class BlockMeans:
                 self._write(self.num_tokens // b, whole.float().mean(2))
             done += take
             self.num_tokens += take
+
+    def prefix(self, tokens: int) -> BlockMeans:
+        """A copy of the means of the first `tokens` tokens, a multiple of the block."""
+        if tokens % self.block or not 0 <= tokens <= self.num_tokens:
+            raise ValueError(
+                f"expected a multiple of {self.block} between 0 and {self.num_tokens}, got {tokens}; cut at a block"
+            )
+        copy = BlockMeans(self.kv_heads, self.head_dim, self.block, self.key_means is not None, self.value_means.dtype)
+        copy.value_means = self.value_means[:, : tokens // self.block].clone()
+        if self.key_means is not None:
+            copy.key_means = self.key_means[:, : tokens // self.block].clone()
+        copy.num_tokens = tokens
+        return copy
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The means as tensors without spare capacity; `from_state_dict` reads them in place."""
+        state = {"values": self.value_means[:, : self.num_blocks].contiguous(), "sum": self._sum.contiguous()}
+        if self.key_means is not None:
+            state["keys"] = self.key_means[:, : self.num_blocks].contiguous()
+        return state
+
+    @classmethod
+    def from_state_dict(
+        cls, state: dict[str, torch.Tensor], kv_heads: int, head_dim: int, block: int, with_keys: bool, tokens: int
+    ) -> BlockMeans:
+        """Means over tensors that may be mapped read-only, to be read and not appended to.
+
+        Raises
+        ------
+        ValueError
+            If a tensor is missing or of another shape or dtype.
+        """
+        means = cls(kv_heads, head_dim, block, with_keys)
+        shape = (kv_heads, -(-tokens // block), head_dim)
+        names = {"values": torch.float16, "sum": torch.float32, **({"keys": torch.float16} if with_keys else {})}
+        shapes = {"values": shape, "sum": (kv_heads, 2, head_dim), "keys": shape}
+        means.value_means, means._sum, *keys = expect_tensors(state, names, shapes)
+        means.key_means = keys[0] if keys else None
+        means.num_tokens = tokens
+        return means
 
     def truncate(self, tokens: int, kv: torch.Tensor) -> None:
         """Keep the first `tokens` tokens.

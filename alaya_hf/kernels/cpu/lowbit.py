@@ -22,6 +22,7 @@ from alaya_hf.kernels.cpu.numeric import (
     half_to_f32,
     load_f32,
 )
+from alaya_hf.kernels.state import expect_tensors
 
 __all__ = ["GROUP", "VALUE_GROUP", "LowBitKV"]
 
@@ -323,6 +324,48 @@ class LowBitKV:
         if left and group < self.full_groups:
             self.tail[:, :left] = self._dequantise_groups(group, group + 1)[:, :left]
         self.num_tokens = tokens
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The copy as tensors without spare capacity; `from_state_dict` reads them in place."""
+        groups, n = self.full_groups, self.num_tokens
+        state = {name: getattr(self, name)[:, :groups].contiguous() for name in ("key_words", "key_scale", "key_bias")}
+        if self.value_bits is not None:
+            state |= {name: getattr(self, name)[:, :n].contiguous() for name in ("value_codes", "value_params")}
+        return {**state, "tail": self.tail.contiguous()}
+
+    @classmethod
+    def from_state_dict(
+        cls,
+        state: dict[str, torch.Tensor],
+        kv_heads: int,
+        head_dim: int,
+        key_bits: int,
+        value_bits: int | None,
+        tokens: int,
+    ) -> LowBitKV:
+        """A copy over tensors that may be mapped read-only, to be read and not appended to.
+
+        Raises
+        ------
+        ValueError
+            If a tensor is missing or of another shape or dtype.
+        """
+        low = cls(kv_heads, head_dim, key_bits, value_bits)
+        groups = tokens // GROUP
+        shapes: dict[str, tuple[int, ...]] = {
+            "key_words": (kv_heads, groups, head_dim * key_bits // 32, GROUP),
+            "key_scale": (kv_heads, groups, head_dim),
+            "key_bias": (kv_heads, groups, head_dim),
+            "tail": (kv_heads, GROUP, head_dim),
+        }
+        if value_bits is not None:
+            shapes["value_codes"] = (kv_heads, tokens, head_dim * value_bits // 8)
+            shapes["value_params"] = (kv_heads, tokens, low.value_groups, 2)
+        dtypes = {name: getattr(low, name).dtype for name in shapes}
+        for name, tensor in zip(shapes, expect_tensors(state, dtypes, shapes), strict=True):
+            setattr(low, name, tensor)
+        low.num_tokens, low._capacity = tokens, groups
+        return low
 
     def _dequantise_groups(self, first: int, last: int) -> torch.Tensor:
         h, d, bits = self.kv_heads, self.head_dim, self.key_bits

@@ -12,6 +12,7 @@ from numba import njit, prange
 from torch import Tensor
 
 from alaya_hf.kernels.cpu.numeric import splits
+from alaya_hf.kernels.state import expect_tensors
 
 __all__ = ["SignKeys", "sign_scores", "sign_scores_reference"]
 
@@ -78,6 +79,33 @@ class SignKeys:
             self.factor[:, span] = norm / (fit * self.head_dim**0.5)
             self.spread[:, span] = norm * ((1 - fit.square()).clamp(min=0)).sqrt() / fit / (self.head_dim - 1) ** 0.5
             self.num_tokens += part.shape[1]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The codes as tensors without spare capacity; `from_state_dict` reads them in place."""
+        assert self.centre is not None
+        state = {name: getattr(self, name)[:, : self.num_tokens].contiguous() for name in ("codes", "factor", "spread")}
+        return {**state, "centre": self.centre.contiguous()}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor], kv_heads: int, head_dim: int, tokens: int) -> SignKeys:
+        """Codes over tensors that may be mapped read-only, to be read and not appended to.
+
+        Raises
+        ------
+        ValueError
+            If a tensor is missing or of another shape or dtype.
+        """
+        signs = cls(kv_heads, head_dim)
+        dtypes = {"codes": torch.uint8, "factor": torch.float32, "spread": torch.float32, "centre": torch.float32}
+        shapes = {
+            "codes": (kv_heads, tokens, head_dim // 8),
+            "factor": (kv_heads, tokens),
+            "spread": (kv_heads, tokens),
+            "centre": (kv_heads, 1, head_dim),
+        }
+        signs.codes, signs.factor, signs.spread, signs.centre = expect_tensors(state, dtypes, shapes)
+        signs.num_tokens = tokens
+        return signs
 
 
 @njit(parallel=True, fastmath=True, cache=True, nogil=True, error_model="numpy")

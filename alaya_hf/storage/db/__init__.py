@@ -1,0 +1,1 @@
+"""Contexts on disk: vector files, the catalog of their prefixes, and what keeps both whole."""
