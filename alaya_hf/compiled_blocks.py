@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,20 +32,26 @@ class _Block:
     compiled: Callable[..., Any]
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        _running.number = self.number
-        return self.compiled(*args, **kwargs)
+        before, _running.number = _running.number, self.number
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            _running.number = before
 
 
-@dataclass
-class _Running:
-    """What opaque functions have to know about the block that runs."""
+class _Running(threading.local):
+    """What opaque functions have to know about the block that runs in this thread."""
 
-    number: int = 0
+    #: None outside of compiled blocks, where functions do what they always do.
+    number: int | None = None
     #: Between a layer's update and its attention: the compiler cannot carry tensors that refuse computations.
     handles: tuple[Any, Any] | None = None
 
 
 _running = _Running()
+
+#: Attention functions and the cache's class are everybody's: one at a time.
+_LOCK = threading.RLock()
 
 #: A model's blocks: compiled once, whatever the number of caches.
 _BLOCKS: WeakKeyDictionary[nn.Module, list[_Block]] = WeakKeyDictionary()
@@ -57,8 +64,9 @@ def _opaque_update(update: Callable[..., Any]) -> Callable[..., Any]:
     def run(
         cache: Any, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        handles = update(cache, keys, values, _running.number, *args, **kwargs)
-        if not isinstance(handles[0], KVHandle):
+        number = _running.number
+        handles = update(cache, keys, values, layer_idx if number is None else number, *args, **kwargs)
+        if number is None or not isinstance(handles[0], KVHandle):
             return handles
         _running.handles = handles
         return keys, values
@@ -71,32 +79,46 @@ def _opaque_attention(attention: Callable[..., Any]) -> Callable[..., Any]:
     """The same attention function, given the handles and its number back."""
 
     def run(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        number = _running.number
+        if number is None:
+            return attention(module, query, key, value, *args, **kwargs)
         if _running.handles is not None:
             key, value = _running.handles
             _running.handles = None
-        module.layer_idx = _running.number
+        before, module.layer_idx = module.layer_idx, number
         try:
             return attention(module, query, key, value, *args, **kwargs)
         finally:
-            module.layer_idx = _ANY
+            module.layer_idx = before
 
     return torch.compiler.disable(run)
 
 
+def _decoder_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Blocks and the modules in them that know its number."""
+    # Transformers names the classes that no device map may split: the decoder's blocks.
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    for module in model.modules():
+        if type(module).__name__ in names:
+            numbered = [part for part in module.modules() if isinstance(getattr(part, "layer_idx", None), int)]
+            if len({part.layer_idx for part in numbered}) == 1:
+                yield module, numbered
+
+
 def _blocks(model: nn.Module, backend: str) -> list[_Block]:
-    if model not in _BLOCKS:
-        # Transformers names the classes that no device map may split: the decoder's blocks.
-        names = set(getattr(model, "_no_split_modules", None) or ())
-        found = []
+    found, known = list(_decoder_blocks(model)), _BLOCKS.get(model)
+    if known is None or [block.module for block in known] != [module for module, _ in found]:
         # Products of one row with a weight: tuned kernels read it 10 % faster.
         how: dict[str, Any] = {"options": {"coordinate_descent_tuning": True}} if backend == "inductor" else {}
-        for module in model.modules():
-            numbered = [part for part in module.modules() if isinstance(getattr(part, "layer_idx", None), int)]
-            if type(module).__name__ not in names or len({part.layer_idx for part in numbered}) != 1:
-                continue
-            compiled = torch.compile(module._call_impl, dynamic=False, backend=backend, **how)
-            found.append(_Block(int(numbered[0].layer_idx), module, numbered, compiled))  # type: ignore[arg-type]
-        _BLOCKS[model] = found
+        _BLOCKS[model] = [
+            _Block(
+                int(numbered[0].layer_idx),  # type: ignore[arg-type]
+                module,
+                numbered,
+                torch.compile(module._call_impl, dynamic=False, backend=backend, **how),
+            )
+            for module, numbered in found
+        ]
     return _BLOCKS[model]
 
 
@@ -116,19 +138,27 @@ def compiled_blocks(model: nn.Module, cache_class: Any, backend: str = "inductor
     Notes
     -----
     Compiled in parts, around the cache's update and the attention function, which run as they are. A number of its own would
-    make the compiler trace every block anew: while this lasts, blocks do not know theirs.
+    make the compiler trace every block anew: while this lasts, blocks do not know theirs, so nobody else may run the model.
+    Models whose blocks are not known run as they are.
     """
     import torch._dynamo as dynamo
 
+    with _LOCK, _patched(model, cache_class, backend, dynamo.config):
+        yield
+
+
+@contextmanager
+def _patched(model: nn.Module, cache_class: Any, backend: str, compiler: Any) -> Iterator[None]:
     blocks, attention = _blocks(model, backend), AttentionInterface._global_mapping
+    if not blocks:
+        yield
+        return
     implementation = getattr(getattr(model, "config", None), "_attn_implementation", None)
     functions = {name: attention[name] for name in {NAME, *ROUTED, implementation} if name in attention}
     update, before = cache_class.update, [block.module._compiled_call_impl for block in blocks]
     # Blocks of other shapes (a hybrid model's) are traced apart.
     limits: dict[str, Any] = {name: 64 for name in ("recompile_limit", "accumulated_recompile_limit")}
-    limits = {
-        name: max(value, getattr(dynamo.config, name)) for name, value in limits.items() if hasattr(dynamo.config, name)
-    }
+    limits = {name: max(value, getattr(compiler, name)) for name, value in limits.items() if hasattr(compiler, name)}
     try:
         attention.update({name: _opaque_attention(function) for name, function in functions.items()})
         cache_class.update = _opaque_update(update)
@@ -136,7 +166,7 @@ def compiled_blocks(model: nn.Module, cache_class: Any, backend: str = "inductor
             block.module._compiled_call_impl = block.call  # type: ignore[assignment]
             for part in block.numbered:
                 part.layer_idx = _ANY  # type: ignore[assignment]
-        with dynamo.config.patch(**limits):
+        with compiler.patch(**limits):
             yield
     finally:
         _running.handles = None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from transformers.utils import ModelOutput
 
 from alaya_hf.compiled_blocks import compiled_blocks
@@ -38,7 +42,7 @@ class _Inputs:
     tensors: dict[str, Tensor]
 
     @classmethod
-    def of(cls, kwargs: Mapping[str, Any], columns: int) -> _Inputs | None:
+    def of(cls, model: Any, kwargs: Mapping[str, Any], columns: int) -> _Inputs | None:
         """None where a graph could not stand in for the call."""
         ids = kwargs.get("input_ids")
         if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or not ids.is_cuda:
@@ -55,15 +59,13 @@ class _Inputs:
             else:
                 return None
         asked = ("output_attentions", "output_hidden_states", "labels", "inputs_embeds")
-        if (
-            any(fixed.get(name) for name in asked)
-            or fixed.get("return_dict") is False
-            or fixed.get("use_cache") is False
-        ):
+        if any(fixed.get(name) not in (None, False) or name in tensors for name in asked):
             return None
-        if any(name in tensors for name in asked):
+        if fixed.get("return_dict") is False or fixed.get("use_cache") is False:
             return None
         if "position_ids" not in tensors:
+            if any("rope_deltas" in module.__dict__ for module in model.modules()):
+                return None  # its positions are not the cache's length
             # The model would take it from the cache's length, a number on the host.
             fixed.pop("position_ids", None)
             tensors["position_ids"] = torch.full_like(ids, columns)
@@ -72,7 +74,7 @@ class _Inputs:
     def key(self, model: Any) -> tuple[Any, ...]:
         """What a graph was captured for."""
         shapes = tuple((name, tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors.items())
-        return id(model), tuple(self.fixed.items()), shapes
+        return id(model), tuple(self.fixed.items()), shapes, torch.is_autocast_enabled("cuda")
 
 
 @dataclass
@@ -88,9 +90,47 @@ class _Group:
         self.counters.bring_to(first.counts, first.lows, first.init, first.keeps, first.room)
 
 
-def alone(graph: torch.cuda.CUDAGraph) -> Any:
-    """A capture that what other threads do meanwhile does not spoil."""
-    return torch.cuda.graph(graph, capture_error_mode="thread_local")
+#: One capture at a time: what a second one does meanwhile could end up in the first.
+_LOCK = threading.Lock()
+
+
+@functools.lru_cache(maxsize=16)
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextmanager
+def _captured(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
+    """Capture what is done on `device`; whatever happens, stream and allocator are then as they were."""
+    with _LOCK, torch.cuda.device(device), warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*CUDA Graph is empty.*")
+        before, pool = torch.cuda.current_stream(device), torch.cuda.graph_pool_handle()
+        stream = _capture_stream(device)
+        try:
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                yield
+        except BaseException:
+            # An invalidated capture leaves the allocator giving memory to its pool.
+            with suppress(Exception):
+                torch._C._cuda_endAllocateToPool(device.index, pool)
+            raise
+        finally:
+            torch.cuda.set_stream(before)
+
+
+def _stamp(model: Any) -> tuple[Any, ...]:
+    """What a captured step depends on besides its inputs: weights, adapters, hooks."""
+    weights = tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
+    state: list[Any] = []
+    for module in model.modules():
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            if hooks:
+                state.append((id(module), tuple(map(id, hooks.values()))))
+        own = module.__dict__
+        if "_disable_adapters" in own:  # a layer of PEFT
+            merged = len(own.get("merged_adapters", ()))
+            state.append((id(module), own["_disable_adapters"], str(own.get("_active_adapter")), merged))
+    return weights, tuple(state)
 
 
 class DecodeGraph:
@@ -110,7 +150,7 @@ class DecodeGraph:
 
     def __init__(self, model: Any, forward: Forward, inputs: _Inputs, cache: Any, blocks: Any) -> None:
         self.layers: list[DeviceLayer] = cache.alaya_layers
-        self.key = inputs.key(model)
+        self.key, self.stamp, self.model = inputs.key(model), _stamp(model), weakref.ref(model)
         self.groups = self._grouped(cache)
         self.held = [tokens.buffers for tokens in self._tokens()]
         self.workspaces = list(cache._shared.workspaces)
@@ -122,8 +162,8 @@ class DecodeGraph:
         numbers = [(tokens, tokens.counts, tokens.lows) for tokens in self._tokens()]
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.inference_mode(False), torch.no_grad(), blocks, alone(self.graph):
-                self.output = forward(model, **inputs.fixed, **self.inputs, past_key_values=cache)
+            with torch.inference_mode(False), torch.no_grad(), blocks, _captured(self.graph, self.layers[0].device):
+                output = forward(model, **inputs.fixed, **self.inputs, past_key_values=cache)
                 for group in self.groups:
                     first = group.tokens[0]
                     group.counters.count_on_device(first.init, first.keeps, first.room)
@@ -133,8 +173,12 @@ class DecodeGraph:
                 layer._columns, layer._valid, layer._pending = columns, valid, None
             for tokens, counts, lows in numbers:
                 tokens.counts, tokens.lows = counts, lows
-        if not isinstance(self.output, ModelOutput):
-            raise TypeError(f"expected the model to return a ModelOutput, got {type(self.output).__name__}")
+        if not isinstance(output, ModelOutput):
+            raise TypeError(f"expected the model to return a ModelOutput, got {type(output).__name__}")
+        # Without the cache, which holds this graph.
+        self.kind = type(output)
+        self.output = {name: value for name, value in output.items() if name != "past_key_values"}
+        self.returns_cache = "past_key_values" in output
 
     def _tokens(self) -> Iterator[DeviceTokens]:
         for layer in self.layers:
@@ -152,9 +196,15 @@ class DecodeGraph:
             raise RuntimeError("layers with one window have different room: they cannot share counters")
         return list(groups.values())
 
-    def fits(self, key: tuple[Any, ...]) -> bool:
-        """Whether the next step is this one: the same call over the same buffers, with room in them."""
-        if key != self.key:
+    def fits(self, key: tuple[Any, ...], model: Any, begins: bool) -> bool:
+        """Whether the next step is this one: the same call over the same buffers, with room in them.
+
+        Parameters
+        ----------
+        begins : bool
+            Whether weights, adapters and hooks may have changed since the last step, which takes a look at all of them.
+        """
+        if key != self.key or self.model() is not model or (begins and _stamp(model) != self.stamp):
             return False
         for layer, held in zip(self.layers, self.held, strict=True):
             if layer.tokens is None or any(a is not b for a, b in zip(layer.tokens.buffers, held, strict=True)):
@@ -174,6 +224,8 @@ class DecodeGraph:
             group.bring()
         for name, tensor in inputs.tensors.items():
             self.inputs[name].copy_(tensor)
+        for group in self.groups:
+            group.counters.forget()
         self.graph.replay()
         for group in self.groups:
             counts, lows = group.tokens[0].after()
@@ -183,12 +235,8 @@ class DecodeGraph:
         for layer in self.layers:
             layer._count(1, None)
         # The next replay overwrites the graph's own tensors.
-        found = {
-            name: value.clone() if isinstance(value, Tensor) else value for name, value in self.output.items()
-        }  # fmt: skip
-        if "past_key_values" in found:
-            found["past_key_values"] = cache
-        return type(self.output)(**found)
+        found = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, self.output)
+        return self.kind(**found, **({"past_key_values": cache} if self.returns_cache else {}))
 
 
 class DecodeGraphs:
@@ -247,27 +295,30 @@ class DecodeGraphs:
         A mask is looked at as usual: one that changes what was padding raises. Between the steps of one ``generate``, which
         appends ones to it, it is not. New tokens that are padding, and prepared 4-D masks, are the model's own business.
         """
-        if self._inside or not self._serves(cache, model):
+        if self._inside:
+            return forward(model, **kwargs)
+        generated = cache.pop_generated()
+        if not self._serves(cache, model):
             return forward(model, **kwargs)
         self._inside = True
         try:
-            return self._step(cache, model, forward, kwargs)
+            return self._step(cache, model, forward, kwargs, generated)
         finally:
             self._inside = False
 
-    def _step(self, cache: Any, model: Any, forward: Forward, kwargs: dict[str, Any]) -> Any:
+    def _step(self, cache: Any, model: Any, forward: Forward, kwargs: dict[str, Any], generated: bool) -> Any:
         columns = cache.get_seq_length()
-        inputs, mask = _Inputs.of(kwargs, columns), kwargs.get("attention_mask")
+        inputs, mask = _Inputs.of(model, kwargs, columns), kwargs.get("attention_mask")
         if inputs is None or (mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2)):
             return forward(model, **kwargs)
         key = inputs.key(model)
-        if not (cache.pop_generated() and self._graph is not None):
+        if not (generated and self._graph is not None):
             # Looking at a mask waits for the device.
             cache.note_mask(mask, 1, columns + 1)
             if cache._forward.valid is not None:
                 return forward(model, **kwargs)
         if self._graph is not None:
-            if self._graph.fits(key):
+            if self._graph.fits(key, model, not generated):
                 self.replays += 1
                 return self._graph.replay(inputs, cache)
             self.drop()
@@ -277,8 +328,10 @@ class DecodeGraphs:
         settled = all(each.settled(columns) for each in tokens)
         self._warm = self._warm + 1 if same and settled else 0
         if self._warm == 0 or (self.mode == "compile" and self._warm == 1):
+            # The call that will be captured: compiled blocks are made for its shapes.
+            call = {**inputs.fixed, **inputs.tensors, "attention_mask": mask, "past_key_values": cache}
             with self._blocks(cache, model) if self._warm else nullcontext():
-                out = forward(model, **kwargs)
+                out = forward(model, **call)
             self._last = (key, [layer.tokens.buffers for layer in cache.layers])
             return out
         try:

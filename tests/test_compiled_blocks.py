@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -37,3 +38,31 @@ def test_equal_and_restored(implementation: str) -> None:
     assert counters["stats"]["unique_graphs"] >= 3, "nothing was compiled"
     assert dict(AttentionInterface._global_mapping) == functions and AlayaCache.update is update
     assert all(layer._compiled_call_impl is None for layer in model.model.layers)
+
+
+def test_unknown_blocks_and_other_threads() -> None:
+    """Models whose blocks are not known run as they are; so do other threads, while blocks are compiled."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2
+    )
+    model, other, third = (
+        AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval().requires_grad_(False)
+        for _ in range(3)
+    )
+    model._no_split_modules = []
+    ids = torch.randint(0, 64, (1, 40))
+    cache, update = AlayaCache(AlayaConfig(window=(4, 16), min_context=0)), AlayaCache.update
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache)
+        with compiled_blocks(model, AlayaCache, backend="eager"):
+            model(input_ids=ids[:, :1], past_key_values=cache)
+        assert [layer.get_seq_length() for layer in cache.layers] == [41] * 3
+        held = AlayaCache(AlayaConfig(window=(4, 16), min_context=0))
+        with compiled_blocks(third, AlayaCache, backend="eager"):
+            thread = threading.Thread(target=lambda: other(input_ids=ids, past_key_values=held))
+            thread.start()
+            thread.join()
+    assert [layer.get_seq_length() for layer in held.layers] == [40] * 3
+    assert [layer.self_attn.layer_idx for layer in other.model.layers] == [0, 1, 2]
+    assert AlayaCache.update is update

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from alaya_hf import AlayaCache, AlayaConfig, decode_graph
 from alaya_hf.decode_graph import DecodeGraphs
+from alaya_hf.engine.device.shared import Counters
 from alaya_hf.layer import AlayaLayer
 from alaya_hf.patches import decode_graphs
 
@@ -33,10 +34,12 @@ class _Graph:
     def __init__(self, model: Any, forward: Any, inputs: Any, cache: Any, blocks: Any) -> None:
         with blocks:
             self.call = lambda given: forward(model, **inputs.fixed, **given, past_key_values=cache)
-        self.key, self.layers = inputs.key(model), cache.layers
+        self.key, self.layers, self.stamp = inputs.key(model), cache.layers, decode_graph._stamp(model)
         self.held = [layer.tokens.buffers for layer in cache.layers]
 
-    def fits(self, key: Any) -> bool:
+    def fits(self, key: Any, model: Any, begins: bool) -> bool:
+        if begins and decode_graph._stamp(model) != self.stamp:
+            return False
         return key == self.key and all(
             layer.tokens.buffers is held and layer.tokens.settled(layer.get_seq_length())
             for layer, held in zip(self.layers, self.held, strict=True)
@@ -127,3 +130,41 @@ def test_what_a_graph_cannot_stand_in_for(model: Any) -> None:
             model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache)
             model(input_ids=torch.tensor([[3]]), past_key_values=cache, output_hidden_states=True)
     assert cache.graphs.captures == 0
+
+
+def test_other_weights_and_hooks(model: Any) -> None:
+    """A step that was captured with other weights or hooks is captured anew."""
+    cache = _filled(model, "capture")
+    assert cache.graphs is not None
+    seen = []
+
+    def steps(count: int) -> None:
+        with torch.no_grad():
+            for _ in range(count):
+                model(input_ids=torch.tensor([[3]]), past_key_values=cache)
+
+    steps(3)
+    assert cache.graphs.captures == 1
+    handle = model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    steps(1)
+    assert seen and cache.graphs.captures == 1
+    steps(2)
+    assert cache.graphs.captures == 2
+    handle.remove()
+    model.lm_head.weight.data = model.lm_head.weight.data.clone()
+    steps(3)
+    assert cache.graphs.captures == 3
+
+
+def test_an_interrupted_replay_is_counted_anew() -> None:
+    """The device may have counted a step that the host has not: its numbers are written again."""
+    counters = Counters(2, torch.device("cpu"))
+    counters.bring_to([5, 7], [0, 0], 4, 64, 640)
+    counters.forget()
+    counters.total += 1
+    counters.bring_to([5, 7], [0, 0], 4, 64, 640)
+    assert counters.total.tolist() == [5, 7]
+    counters.counted([6, 8], [0, 0])
+    counters.total += 1
+    counters.bring_to([6, 8], [0, 0], 4, 64, 640)
+    assert counters.total.tolist() == [6, 8]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -81,8 +84,37 @@ def test_a_model_that_waits_for_the_device_goes_on_without(model):
     handle = model.lm_head.register_forward_hook(lambda module, inputs, out: out if float(out.sum()) else out)
     try:
         with pytest.warns(UserWarning, match="could not be captured"):
-            cache = AlayaCache(cases.DEFAULT)
+            cache, stream = AlayaCache(cases.DEFAULT), torch.cuda.current_stream()
             found = cases.generate(model, cache, ids, 8)
+            assert torch.cuda.current_stream() == stream
     finally:
         handle.remove()
     assert found == wanted and cache.stats()["replays"] == 0
+
+
+def test_a_captured_cache_goes_when_it_is_let_go(model):
+    """Its memory must not wait for the garbage collector."""
+    gc.collect()
+    gc.disable()
+    try:
+        cache = AlayaCache(cases.DEFAULT)
+        cases.generate(model, cache, cases.prompt(model, 150), 8)
+        assert cache.stats()["replays"] >= 4
+        gone = weakref.ref(cache)
+        del cache
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_other_weights(model):
+    """A step captured with other weights is not replayed."""
+    ids = cases.prompt(model, 150)
+    outs = []
+    for mode in ("none", "capture"):
+        net, cache = copy.deepcopy(model), AlayaCache(cases.DEFAULT.replace(cuda_graphs=mode))
+        cases.generate(net, cache, ids, 20)
+        cache.crop(-19)
+        net.lm_head.weight.data = net.lm_head.weight.data.flip(0).clone()
+        outs.append(cases.generate(net, cache, ids, 20))
+    assert outs[0] == outs[1]

@@ -35,7 +35,8 @@ class Counters:
     def __init__(self, batch: int, device: torch.device) -> None:
         self.total = torch.zeros(batch, dtype=torch.int32, device=device)
         self.low = torch.zeros(batch, dtype=torch.int32, device=device)
-        self._totals, self._lows = [0] * batch, [0] * batch
+        self._totals: list[int] | None = [0] * batch
+        self._lows = [0] * batch
 
     def bring_to(self, totals: list[int], lows: list[int], init: int, local: int, capacity: int) -> None:
         """Make the device's numbers `totals` and `lows`; the other arguments as for `advance`."""
@@ -43,8 +44,9 @@ class Counters:
             return
         from alaya_hf.kernels.gpu.window import advance
 
-        stepped = [count + 1 for count in self._totals]
-        moved = [after_step(count, low, init, local) for count, low in zip(self._totals, self._lows, strict=True)]
+        known = self._totals if self._totals is not None else [-2] * len(totals)
+        stepped = [count + 1 for count in known]
+        moved = [after_step(count, low, init, local) for count, low in zip(known, self._lows, strict=True)]
         if (stepped, moved) == (totals, lows):
             advance(self.total, self.low, init, local, capacity)
         else:
@@ -60,6 +62,10 @@ class Counters:
         from alaya_hf.kernels.gpu.window import advance
 
         advance(self.total, self.low, init, local, capacity)
+
+    def forget(self) -> None:
+        """The device is about to count: until :meth:`counted`, an interruption would leave the host behind it."""
+        self._totals = None
 
     def counted(self, totals: list[int], lows: list[int]) -> None:
         """Note what :meth:`count_on_device` made of the device's numbers."""

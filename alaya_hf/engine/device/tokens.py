@@ -210,9 +210,10 @@ class DeviceTokens:
         )
 
     @_on_its_device
-    def _make_store(self, batch: int, capacity: int, layers: int = 1) -> Tensor:
-        """Pinned host memory for `capacity` tokens, checked for `layers` such layers."""
-        pinned_pool().check_room(layers * batch * capacity * self.token_bytes, "the offloaded context")
+    def _make_store(self, batch: int, capacity: int, layers: int = 1, given_back: int = 0) -> Tensor:
+        """Pinned host memory for `capacity` tokens, checked for `layers` such layers, which give places back one by one."""
+        places = layers * batch * (capacity - given_back) + batch * given_back
+        pinned_pool().check_room(places * self.token_bytes, "the offloaded context")
         return pinned_pool().allocate((batch, self.kv_heads, capacity, *self.form.tail), self.form.dtype)
 
     @_on_its_device
@@ -228,7 +229,7 @@ class DeviceTokens:
 
     def _copied_store(self, batch: int, capacity: int, rows: list[int], layers: int = 1) -> Tensor:
         """A new store whose row ``i`` holds what row ``rows[i]`` does."""
-        store = self._make_store(batch, capacity, layers)
+        store = self._make_store(batch, capacity, layers, min(self.capacity, capacity))
         self._wait()
         for row, source in enumerate(rows):
             used = self._places(self.counts[source])
