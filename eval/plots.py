@@ -53,3 +53,34 @@ def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def allocation(points: Sequence[dict[str, Any]], path: Path) -> None:
+    """Reserved bytes and the share of them that no token needs, with room for all; fragmentation in the tight pool.
+
+    Points have ``allocator``, ``pool`` (``ample`` or ``tight``), ``event``, ``needed``, ``reserved`` (GiB) and ``fragmentation``.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(17, 4.6))
+    for name in dict.fromkeys(point["allocator"] for point in points):
+        ample, tight = (
+            [p for p in points if (p["allocator"], p["pool"]) == (name, pool)] for pool in ("ample", "tight")
+        )
+        x = [point["event"] for point in ample]
+        axes[0].semilogy(x, [point["reserved"] for point in ample], label=name, linewidth=1.2)
+        axes[1].plot(x, [100 * (1 - point["needed"] / point["reserved"]) for point in ample], linewidth=1.2)
+        axes[2].plot([p["event"] for p in tight], [p["fragmentation"] for p in tight], linewidth=1.2)
+    axes[0].semilogy(x, [point["needed"] for point in ample], "k--", label="needed", linewidth=1)
+    titles = ("reserved (GiB), room for all", "of it not needed (%)", "tight pool: 1 - largest free run / free bytes")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("event of the trace")
+        axis.grid(True, alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
