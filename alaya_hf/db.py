@@ -51,6 +51,17 @@ SHARED_BLOCKS = 4
 
 _NAME = re.compile(r"[^\x00-\x1f/]{1,200}")
 _ATTEMPTS = 4
+# What configurations of models that take images, sound or video have.
+_NOT_TEXT = (
+    "vision_config",
+    "audio_config",
+    "image_token_id",
+    "image_token_index",
+    "audio_token_id",
+    "audio_token_index",
+    "video_token_id",
+    "video_token_index",
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +133,7 @@ class AlayaDB:
     StoreError
         For a folder that cannot be used.
     UnsupportedModelError
-        For a model with layers that do not keep every token.
+        For a model with layers that do not keep every token, or that takes images or sound: their ids do not tell them apart.
 
     Notes
     -----
@@ -153,9 +164,14 @@ class AlayaDB:
         self._catalog = Catalog(self._folder.catalog, read_only=read_only, block=block)
         self._buffers = None if buffer_bytes is None else BufferManager(buffer_bytes)
         self._reader = Reader(self._folder, self._catalog, self._buffers)
-        self._fingerprint: tuple[Any, dict[str, str]] | None = None
         self._remote: RemoteTier | None = None
         if model is not None:
+            seen = [key for key in _NOT_TEXT if getattr(model.config, key, None) is not None]
+            if seen:
+                raise UnsupportedModelError(
+                    f"AlayaDB finds contexts by their token ids, but {type(model).__name__} takes more than text ({seen[0]}): two "
+                    "images have the same ids. Use an AlayaCache without a database, or the model's text part alone."
+                )
             layers = Session(self.settings, config=model.config).layers
             kinds = {type(layer).__name__ for layer in layers if not isinstance(layer, AlayaLayer)}
             if kinds:
@@ -189,17 +205,14 @@ class AlayaDB:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What its contexts depend on besides their tokens; made again when parameters or adapters have changed."""
-        model = self._need_model()
-        state = tuple(
-            (p.data_ptr() if p.device.type != "meta" else 0, 0 if p.is_inference() else p._version)
-            for p in model.parameters()
-        )
-        active = getattr(model, "active_adapters", None) if getattr(model, "peft_config", None) else None
-        key = (state, str(active() if callable(active) else active))
-        if self._fingerprint is None or self._fingerprint[0] != key:
-            self._fingerprint = (key, fingerprint(model))
-        return self._fingerprint[1]
+        """What its contexts depend on besides their tokens, looked at anew each time (some 20,000 numbers).
+
+        Raises
+        ------
+        UnsupportedModelError
+            If Accelerate keeps weights off memory.
+        """
+        return fingerprint(self._need_model())
 
     def _need_model(self) -> Any:
         if self.model is None:
@@ -284,12 +297,13 @@ class AlayaDB:
         """
         if (prompt is None) == (context is None):
             raise StoreError("create_session takes a prompt or a context, one of them.")
-        model = self._need_model()
+        model, fields = self._need_model(), self.fingerprint
         session = Session(self.settings if settings is None else settings, config=model.config, **kwargs)
+        session.fingerprint = fields
         for _ in range(_ATTEMPTS):
             if context is not None:
                 name, chain, theirs = self._catalog.find(self.namespace, context)
-                different = differences(self.fingerprint, theirs)
+                different = differences(fields, theirs)
                 if different:
                     raise FingerprintError(
                         f"the context {context!r} was made by another model; what differs: {different}. Load the model that made "
@@ -298,11 +312,11 @@ class AlayaDB:
                 ids = self._catalog.ids_of(chain)
             else:
                 ids = self._ids(prompt)
-                chain = self._catalog.longest(self.namespace, self.fingerprint, ids)
-                if self._remote is not None and self._remote.fetch(self.namespace, self.fingerprint, ids, chain):
-                    chain = self._catalog.longest(self.namespace, self.fingerprint, ids)
+                chain = self._catalog.longest(self.namespace, fields, ids)
+                if self._remote is not None and self._remote.fetch(self.namespace, fields, ids, chain):
+                    chain = self._catalog.longest(self.namespace, fields, ids)
                 if not chain.links:
-                    self._warn_of_others(ids)
+                    self._warn_of_others(ids, fields)
             try:
                 if chain.links:
                     self._attach(session, chain, ids)
@@ -329,12 +343,12 @@ class AlayaDB:
     def _label(self, segment: str) -> str:
         return f"context {', '.join(map(repr, self._catalog.readers(segment)))} (segment {segment[:8]})"
 
-    def _warn_of_others(self, ids: np.ndarray) -> None:
-        found = self._catalog.others(self.namespace, self.fingerprint, ids)
+    def _warn_of_others(self, ids: np.ndarray, fields: dict[str, str]) -> None:
+        found = self._catalog.others(self.namespace, fields, ids)
         if found is not None:
             warnings.warn(
                 f"{self.path} has a context that begins like this prompt, made by another model; what differs: "
-                f"{differences(self.fingerprint, found[1])}. It is not used.",
+                f"{differences(fields, found[1])}. It is not used.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -368,7 +382,7 @@ class AlayaDB:
         Raises
         ------
         StoreError
-            If the number of tokens or layers is another.
+            If the number of tokens or layers is another, or there is more than one sequence.
 
         Notes
         -----
@@ -383,6 +397,13 @@ class AlayaDB:
             for number, (keys, values) in enumerate(kv):
                 session.layers.append(session._new_layer(number))
                 session.layers[number].fill(keys, values)
+        held = [layer.keys for layer in kv.layers] if isinstance(kv, Cache) else [keys for keys, _ in kv]
+        batch = max((len(keys) for keys in held if isinstance(keys, Tensor)), default=1)
+        if batch != 1:
+            raise StoreError(
+                f"contexts are imported one by one, but the keys and values are of {batch} sequences. Give [1, kv_heads, n, "
+                "head_dim] per layer: one row of the batch at a time."
+            )
         lengths = {layer.get_seq_length() for layer in session.layers}
         expected = len(self._devices())
         if lengths != {len(ids)} or len(session.layers) != expected:
@@ -415,7 +436,10 @@ class AlayaDB:
         Raises
         ------
         StoreError
-            If token ids are unknown, or there is more than one sequence.
+            If token ids are unknown, there is more than one sequence, or a pass was interrupted between two layers.
+        FingerprintError
+            If the session was made for another model than the database's, or for the same with other weights or adapters; says
+            what differs.
         ContextExistsError
             If the name is taken by a context that this one does not continue.
         DiskFullError, ReadOnlyStoreError
@@ -437,13 +461,19 @@ class AlayaDB:
             )
         if name is not None and not _NAME.fullmatch(name):
             raise StoreError(f"a name is 1 to 200 characters without slashes and control characters, but got {name!r}.")
+        lengths = [layer.get_seq_length() for layer in session.layers]
+        if len(set(lengths)) > 1:
+            raise StoreError(
+                f"the session's layers hold {min(lengths)} to {max(lengths)} tokens: a pass was interrupted. Nothing was stored. "
+                "Begin a new session and run the prompt again."
+            )
         ids = session.token_ids[0].numpy().astype(np.int32)
         if not ids.size:
             raise StoreError("the session holds no tokens. Run the model with past_key_values=session first.")
         for layer in session.alaya_layers:
             if layer._valid is not None and not bool(layer._valid.all()):
                 raise StoreError("the session holds padding; contexts are stored without. Prefill the sequence alone.")
-        fields = self.fingerprint
+        fields = self._fields_of(session)
         base = self._catalog.longest(self.namespace, fields, ids)
         if session.chain.tokens >= base.tokens:
             base = session.chain
@@ -457,10 +487,10 @@ class AlayaDB:
                     break
                 except LookupError:
                     # The base was deleted meanwhile.
-                    self._remove(segment.id for segment in new)
+                    self._discard(new)
                     base = Chain() if attempt else self._catalog.longest(self.namespace, fields, ids)
                 except BaseException:
-                    self._remove(segment.id for segment in new)
+                    self._discard(new)
                     raise
         else:
             raise StoreError(f"contexts of {self.path} vanish while they are continued. Nothing was stored; try again.")
@@ -470,6 +500,20 @@ class AlayaDB:
         if self._remote is not None:
             self._remote.push(self.namespace, fields, ids, session.chain)
         return self.info(context)
+
+    def _fields_of(self, session: Session) -> dict[str, str]:
+        """The fingerprint of what a session holds, which has to be that of this database's model as it is now."""
+        fields = self.fingerprint
+        if session.fingerprint is None:
+            # Made elsewhere, and nothing of it came from a store: whose it is, is for the caller to know.
+            session.fingerprint = fields
+        different = differences(fields, session.fingerprint)
+        if different:
+            raise FingerprintError(
+                f"the session was made for another model than the database has now; what differs: {different}. Nothing was stored: "
+                "store it in a database opened with the model it was filled by, or begin a new session with this one."
+            )
+        return fields
 
     def _write(
         self,
@@ -503,6 +547,10 @@ class AlayaDB:
     def _remove(self, segments: Iterable[str]) -> None:
         for segment in segments:
             self._folder.remove_segment(segment)
+
+    def _discard(self, new: Iterable[NewSegment]) -> None:
+        """Remove the files of what was not committed; an interruption may have come just after the commit."""
+        self._remove(segment.id for segment in new if not self._catalog.knows(segment.id))
 
     # Keeping house ----------------------------------------------------------------------------------------------------
 

@@ -475,6 +475,11 @@ class Catalog:
         with self._reading() as db:
             return {row[0] for row in db.execute("SELECT id FROM segments")}
 
+    def knows(self, segment: str) -> bool:
+        """Whether a segment is committed."""
+        with self._reading() as db:
+            return db.execute("SELECT 1 FROM segments WHERE id = ?", (segment,)).fetchone() is not None
+
     def total_bytes(self, namespace: str) -> int:
         """Bytes of a namespace's segments."""
         with self._reading() as db:

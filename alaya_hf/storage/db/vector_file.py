@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alaya_hf.errors import CorruptStoreError
+from alaya_hf.errors import CorruptStoreError, StoreError
 from alaya_hf.kernels.cpu.checksum import BLOCK, block_checksums, first_damaged
 from alaya_hf.storage.db.buffer_manager import FRAME, BufferManager
 from alaya_hf.storage.db.hashing import digest
@@ -129,10 +129,22 @@ def write_vectors(fd: int, layer: int, sources: Mapping[str, Source], metadata: 
     -------
     Written
 
+    Raises
+    ------
+    StoreError
+        If a source's pieces are not of its size.
+
     Notes
     -----
     One pass over the data: checksums are made of the chunk that is about to be written.
     """
+    for name, source in sources.items():
+        given = sum(piece.nbytes for piece in source.pieces)
+        if given != source.nbytes:
+            raise StoreError(
+                f"layer {layer}: {name} {source.shape} takes {source.nbytes:,} bytes, but {given:,} were given. Nothing was stored; "
+                "this is a defect, please report it."
+            )
     order = sorted(sources, key=lambda name: (name != "kv", -sources[name].dtype.itemsize))
     sources = {name: sources[name] for name in order}
     data = sum(source.nbytes for source in sources.values())

@@ -1,0 +1,152 @@
+"""What a store refuses, and what interruptions, other processes and damaged folders must not do to it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from alaya_hf import AlayaDB, Session
+from alaya_hf.errors import ContextExistsError, CorruptStoreError, FingerprintError, StoreError, UnsupportedModelError
+from alaya_hf.storage.db.catalog import Catalog, Chain, NewSegment
+from alaya_hf.storage.db.fingerprint import fingerprint
+from alaya_hf.storage.db.vector_file import Source, write_vectors
+from tests.contract.models import build, prompt
+from tests.test_db import FULL, dense
+
+
+def pairs(model: Any, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(layer[0], layer[1]) for layer in dense(model, ids)]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return build("llama")
+
+
+@pytest.fixture
+def open_db(tmp_path, model):
+    return lambda **kwargs: AlayaDB(tmp_path / "db", **{"model": model, "settings": FULL, **kwargs})
+
+
+class TestFingerprint:
+    @pytest.mark.parametrize("made", ["created", "forked", "deepcopied"])
+    def test_a_session_is_not_stored_as_another_models(self, made, model, open_db):
+        ids = prompt(40)
+        with open_db() as db, open_db(model=build("llama", seed=1)) as other:
+            session, _ = db.create_session(ids)
+            session = {"created": session, "forked": session.fork(FULL), "deepcopied": copy.deepcopy(session)}[made]
+            with torch.no_grad():
+                model(ids, past_key_values=session)
+            session.note_tokens(ids)
+            session.crop(-1)
+            with pytest.raises(FingerprintError, match="weights"):
+                other.store(session)
+            assert other.list() == []
+            assert db.store(session).tokens == 39
+
+    def test_a_session_made_elsewhere_takes_the_databases(self, model, open_db):
+        session = Session(FULL, config=model.config)
+        with torch.no_grad():
+            model(prompt(40), past_key_values=session)
+        session.note_tokens(prompt(40))
+        with open_db() as db:
+            db.store(session)
+            assert session.fingerprint == db.fingerprint
+
+    def test_every_change_is_seen(self):
+        """Changes that leave no trace on parameters, that is, neither their addresses nor their versions."""
+        model = build("llama")
+        attention = model.model.layers[0].self_attn
+        attention.register_buffer("packed", torch.zeros(64, 64, dtype=torch.int32))
+        attention.register_buffer("scratch", torch.zeros(3), persistent=False)
+        seen = [fingerprint(model)]
+
+        def changed(*parts: str) -> None:
+            seen.append(fingerprint(model))
+            assert {name for name in seen[-1] if seen[-1][name] != seen[-2][name]} == set(parts)
+
+        attention.k_proj.weight.data.copy_(attention.k_proj.weight.data + 1)
+        changed("weights")
+        attention.packed += 1 << 30
+        changed("weights")
+        attention.scratch += 1
+        changed()
+        model.model.rotary_emb.inv_freq.data.mul_(2)
+        changed("rope")
+        model.model.rotary_emb.attention_scaling = 1.5
+        changed("rope")
+        # Most columns of a matrix with a power of two of them are looked at.
+        weight = torch.nn.Linear(1024, 1024, bias=False).weight
+        model.extra = torch.nn.Linear(1024, 1024, bias=False)
+        model.extra.weight.data.copy_(weight)
+        seen.append(fingerprint(model))
+        model.extra.weight.data[:, 1:] += 1
+        changed("weights")
+
+    def test_the_state_of_adapters(self):
+        """By what PEFT's tuner layers have, which is all that is asked of them."""
+        model = build("llama")
+        tuner = model.model.layers[0].self_attn.q_proj
+        model.peft_config, model.active_adapters = {"a": None}, lambda: ["a"]
+        tuner.disable_adapters, tuner.merged, tuner.merged_adapters, tuner.scaling = False, False, [], {"a": 2.0}
+        seen = [fingerprint(model)["adapter"]]
+        for name, value in (("scaling", {"a": 1.0}), ("disable_adapters", True), ("merged_adapters", ["a"])):
+            setattr(tuner, name, value)
+            seen.append(fingerprint(model)["adapter"])
+        assert len(set(seen)) == 4
+
+    def test_weights_that_are_not_there_are_refused(self, open_db):
+        model = build("llama")
+        model.lm_head.to("meta")
+        with open_db(model=model) as db, pytest.raises(UnsupportedModelError, match=r"lm_head\.weight"):
+            db.create_session(prompt(4))
+
+    def test_models_of_images_are_refused(self, open_db):
+        model = build("llama")
+        model.config.image_token_id = 7
+        with pytest.raises(UnsupportedModelError, match="image_token_id"):
+            open_db(model=model)
+
+
+class TestInterrupted:
+    @pytest.mark.parametrize("committed", [False, True])
+    def test_commit(self, committed, model, open_db, tmp_path, monkeypatch):
+        ids = prompt(40)
+        commit = Catalog.commit
+
+        def interrupted(self: Catalog, *args: Any) -> None:
+            if committed:
+                commit(self, *args)
+            raise KeyboardInterrupt
+
+        with open_db() as db:
+            with monkeypatch.context() as patch:
+                patch.setattr(Catalog, "commit", interrupted)
+                with pytest.raises(KeyboardInterrupt):
+                    db.import_context(ids, pairs(model, ids))
+            assert db.create_session(ids)[0].reused == 40 * committed and not db.verify().problems
+            assert len(list((tmp_path / "db" / "segments").iterdir())) == committed
+
+    def test_layers_of_unequal_length_are_not_stored(self, model, open_db):
+        with open_db() as db:
+            session, _ = db.create_session(prompt(40))
+            for number, n in enumerate((40, 30)):
+                q, kv = torch.randn(1, 4, n, 16), torch.randn(2, 1, 2, n, 16)
+                session.update(q, kv[0], kv[1], number)
+                session.attention(q, number)
+            session.note_tokens(prompt(40))
+            with pytest.raises(StoreError, match="30 to 40 tokens"):
+                db.store(session)
+
+    def test_one_sequence_is_imported(self, model, open_db):
+        kv = [(torch.cat([k, k]), torch.cat([v, v])) for k, v in pairs(model, prompt(40))]
+        with open_db() as db, pytest.raises(StoreError, match="of 2 sequences"):
+            db.import_context(prompt(40), kv)
+
+    def test_pieces_that_do_not_fill_a_tensor(self):
+        with pytest.raises(StoreError, match="takes 64 bytes, but 32"):
+            write_vectors(-1, 0, {"kv": Source(torch.float32, (1, 2, 2, 4), [torch.zeros(8)])}, {})
