@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -37,7 +38,7 @@ from alaya_hf.storage.db.fingerprint import differences, fingerprint
 from alaya_hf.storage.db.folder import Folder
 from alaya_hf.storage.db.mapped import over
 from alaya_hf.storage.db.parts import Part, dump, write_parts
-from alaya_hf.storage.db.reader import Reader, SegmentGone
+from alaya_hf.storage.db.reader import Reader, SegmentGone, lost, refused
 from alaya_hf.storage.db.remote import RemoteStore
 from alaya_hf.storage.db.remote.tier import RemoteTier
 from alaya_hf.storage.db.vector_file import Source, VectorFile, file_bytes
@@ -251,6 +252,13 @@ class AlayaDB:
                 devices.setdefault(int(found.group(1)), parameter.device)
         return [devices.get(number, model.device) for number in range(count)]
 
+    def _shape(self) -> tuple[int, int | None]:
+        """Layers of the model, and KV heads of each where all have as many."""
+        config = self._need_model().config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None)
+        varied = getattr(config, "num_global_key_value_heads", None) is not None
+        return len(self._devices()), heads if isinstance(heads, int) and not varied else None
+
     # Sessions ---------------------------------------------------------------------------------------------------------
 
     def create_session(
@@ -302,18 +310,19 @@ class AlayaDB:
         session.fingerprint = fields
         for _ in range(_ATTEMPTS):
             if context is not None:
-                name, chain, theirs = self._catalog.find(self.namespace, context)
+                chain, theirs, ids = self._catalog.open(self.namespace, context)
                 different = differences(fields, theirs)
                 if different:
                     raise FingerprintError(
                         f"the context {context!r} was made by another model; what differs: {different}. Load the model that made "
                         "it, or import the context again with this one."
                     )
-                ids = self._catalog.ids_of(chain)
             else:
                 ids = self._ids(prompt)
                 chain = self._catalog.longest(self.namespace, fields, ids)
-                if self._remote is not None and self._remote.fetch(self.namespace, fields, ids, chain):
+                if self._remote is not None and self._remote.fetch(
+                    self.namespace, fields, ids, chain, self._shape()
+                ):
                     chain = self._catalog.longest(self.namespace, fields, ids)
                 if not chain.links:
                     self._warn_of_others(ids, fields)
@@ -573,6 +582,11 @@ class AlayaDB:
         Raises
         ------
         UnknownContextError
+
+        Notes
+        -----
+        Removes it here only. A remote store keeps what was copied to it, for the fleet: with ``remote=`` the next prompt that
+        begins like the context brings it back. To be rid of it, remove it there too, by that store's own means.
         """
         context_id, _, _ = self._catalog.find(self.namespace, context)
         self._remove(self._catalog.delete(context_id))
@@ -616,6 +630,8 @@ class AlayaDB:
         except (CorruptStoreError, OSError) as error:
             if not self._catalog.files(segment):
                 return [], 0  # deleted meanwhile
+            if isinstance(error, OSError) and not lost(error):
+                raise refused(label, error) from error
             return [
                 str(error) if isinstance(error, CorruptStoreError) else f"{label}: its files are missing ({error})"
             ], 0
@@ -624,11 +640,13 @@ class AlayaDB:
                 where = f"{label}, layer {file.layer}"
                 try:
                     opened = VectorFile(folder, layer_name(file.layer), file, where)
-                    problems += opened.damaged_blocks()
+                    problems += opened.damaged_blocks(folder, layer_name(file.layer))
                     nbytes += file.nbytes
                 except CorruptStoreError as error:
                     problems.append(str(error))
                 except OSError as error:
+                    if not lost(error) and error.errno != errno.EIO:
+                        raise refused(where, error) from error
                     problems.append(f"{where}: the file cannot be opened ({error.strerror})")
         finally:
             os.close(folder)
@@ -657,10 +675,7 @@ class AlayaDB:
         with self._folder.sweeper() as alone:
             leftovers = self._folder.leftovers(self._catalog.known()) if alone else []
             for path in leftovers:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
         return GcReport(gone, len(leftovers), self.nbytes, alone)
 
     @property

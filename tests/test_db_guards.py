@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 from typing import Any
 
 import numpy as np
@@ -150,3 +152,118 @@ class TestInterrupted:
     def test_pieces_that_do_not_fill_a_tensor(self):
         with pytest.raises(StoreError, match="takes 64 bytes, but 32"):
             write_vectors(-1, 0, {"kv": Source(torch.float32, (1, 2, 2, 4), [torch.zeros(8)])}, {})
+
+
+def segment(number: int, start: int, tokens: int) -> NewSegment:
+    return NewSegment(f"{number:032x}", start, tokens, "float32", [])
+
+
+class TestCatalog:
+    @pytest.fixture
+    def catalog(self, tmp_path):
+        catalog = Catalog(tmp_path / "catalog.sqlite", block=4)
+        yield catalog
+        catalog.close()
+
+    def test_names_belong_to_a_model(self, catalog):
+        """The same tokens continued under another model do not take the name, nor delete what has it."""
+        ids = np.arange(20, dtype=np.int32)
+        first, _ = catalog.commit("n", {"weights": "a"}, ids[:10], Chain(), [segment(1, 0, 10)], "x")
+        for length in (10, 20):
+            with pytest.raises(ContextExistsError, match="another model.*weights"):
+                catalog.commit("n", {"weights": "b"}, ids[:length], Chain(), [segment(2, 0, length)], "x")
+        assert [row.id for row in catalog.contexts("n")] == [first]
+        assert catalog.longest("n", {"weights": "a"}, ids).tokens == 10
+
+    def test_the_same_context_stored_twice_at_once(self, catalog):
+        ids = np.arange(10, dtype=np.int32)
+        stored = [
+            catalog.commit("n", {}, ids, Chain(), [segment(number, 0, 10)], "x") for number in (1, 2)
+        ]
+        assert stored[0][0] == stored[1][0] and stored[1][1] == [f"{1:032x}"]
+        assert catalog.known() == {f"{2:032x}"} and catalog.longest("n", {}, ids).tokens == 10
+
+    def test_a_segment_that_is_there_is_no_damage(self, catalog):
+        ids = np.arange(10, dtype=np.int32)
+        catalog.commit("n", {}, ids, Chain(), [segment(1, 0, 10)], None)
+        with pytest.raises(StoreError, match="stored by another process") as caught:
+            catalog.commit("n", {}, ids + 1, Chain(), [segment(1, 0, 10)], None)
+        assert not isinstance(caught.value, CorruptStoreError)
+
+    def test_a_miss_reads_no_token_ids(self, catalog):
+        """All contexts begin alike and leave the prompt within their first block."""
+        for number in range(20):
+            ids = np.array([7, 7, number, *range(1000)], np.int32)
+            catalog.commit("n", {}, ids, Chain(), [segment(number, 0, len(ids))], None)
+        statements: list[str] = []
+        catalog._connection().set_trace_callback(statements.append)
+        assert catalog.longest("n", {}, np.array([7, 7, 99, 5, 5], np.int32)).tokens == 2
+        assert sum("tokens t" in statement for statement in statements) == 1
+        statements.clear()
+        assert len(catalog.contexts("n")) == 20 and catalog.total_bytes("n") == 0
+        assert not any("tokens t" in statement for statement in statements)
+
+    def test_a_damaged_first_block_attaches_nothing(self, catalog):
+        catalog.commit("n", {}, np.array([1, 2, 3, 4, 5], np.int32), Chain(), [segment(1, 0, 5)], None)
+        catalog._connection().execute("UPDATE segments SET first = ?", (np.array([9, 9, 9, 9], np.int32).tobytes(),))
+        with pytest.raises(CorruptStoreError, match="contradicts itself"):
+            catalog.longest("n", {}, np.array([9, 9, 9, 9, 9], np.int32))
+
+    def test_a_log_that_cannot_be_read_along(self, tmp_path, monkeypatch):
+        import sqlite3
+
+        catalog = Catalog(tmp_path / "catalog.sqlite")
+        catalog.commit("n", {}, np.arange(10, dtype=np.int32), Chain(), [segment(1, 0, 10)], None)
+        assert (tmp_path / "catalog.sqlite-wal").stat().st_size
+        connect = sqlite3.connect
+
+        def unwritable(where: str, **kwargs: Any) -> Any:
+            # As on a medium without room for the log's index.
+            if "immutable" not in where:
+                raise_on = type("Connection", (), {"close": lambda self: None})()
+
+                def execute(*args: Any) -> None:
+                    raise sqlite3.OperationalError("unable to open database file")
+
+                raise_on.execute = execute
+                return raise_on
+            return connect(where, **kwargs)
+
+        monkeypatch.setattr(sqlite3, "connect", unwritable)
+        with pytest.raises(StoreError, match="catalog.sqlite-wal"):
+            Catalog(tmp_path / "catalog.sqlite", read_only=True)
+        monkeypatch.undo()
+        catalog.close()
+
+    def test_deleted_while_it_is_opened(self, model, open_db, monkeypatch):
+        """A deletion between the look-up by name and the reading of ids is seen as one or the other, never half."""
+        ids = prompt(40)
+        with open_db() as db, open_db() as other:
+            db.import_context(ids, pairs(model, ids), name="x")
+            find = Catalog.find
+
+            def deleted_after(self: Catalog, *args: Any) -> Any:
+                found = find(self, *args)
+                if self is db._catalog and other.list():
+                    other.delete("x")
+                return found
+
+            monkeypatch.setattr(Catalog, "find", deleted_after)
+            with pytest.raises(StoreError, match="has 0 contexts 'x'"):
+                db.create_session(context="x")
+
+
+class TestSystem:
+    @pytest.mark.parametrize("code", [errno.EMFILE, errno.EACCES, errno.EIO, errno.ENOMEM])
+    def test_a_refusal_is_no_damage(self, code, model, open_db, monkeypatch):
+        ids = prompt(40)
+        with open_db() as db:
+            db.import_context(ids, pairs(model, ids), name="x")
+
+            def refuse(*args: Any) -> None:
+                raise OSError(code, os.strerror(code))
+
+            monkeypatch.setattr(db._folder, "open_segment", refuse)
+            with pytest.raises(StoreError, match=os.strerror(code)) as caught:
+                db.create_session(context="x")
+            assert not isinstance(caught.value, CorruptStoreError)
