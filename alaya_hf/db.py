@@ -320,9 +320,7 @@ class AlayaDB:
             else:
                 ids = self._ids(prompt)
                 chain = self._catalog.longest(self.namespace, fields, ids)
-                if self._remote is not None and self._remote.fetch(
-                    self.namespace, fields, ids, chain, self._shape()
-                ):
+                if self._remote is not None and self._remote.fetch(self.namespace, fields, ids, chain, self._shape()):
                     chain = self._catalog.longest(self.namespace, fields, ids)
                 if not chain.links:
                     self._warn_of_others(ids, fields)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import errno
 import os
+import sys
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from alaya_hf import AlayaDB, Session
 from alaya_hf.errors import ContextExistsError, CorruptStoreError, FingerprintError, StoreError, UnsupportedModelError
 from alaya_hf.storage.db.catalog import Catalog, Chain, NewSegment
 from alaya_hf.storage.db.fingerprint import fingerprint
-from alaya_hf.storage.db.vector_file import Source, write_vectors
+from alaya_hf.storage.db.vector_file import Source, VectorFile, write_vectors
 from tests.contract.models import build, prompt
 from tests.test_db import FULL, dense
 
@@ -177,9 +178,7 @@ class TestCatalog:
 
     def test_the_same_context_stored_twice_at_once(self, catalog):
         ids = np.arange(10, dtype=np.int32)
-        stored = [
-            catalog.commit("n", {}, ids, Chain(), [segment(number, 0, 10)], "x") for number in (1, 2)
-        ]
+        stored = [catalog.commit("n", {}, ids, Chain(), [segment(number, 0, 10)], "x") for number in (1, 2)]
         assert stored[0][0] == stored[1][0] and stored[1][1] == [f"{1:032x}"]
         assert catalog.known() == {f"{2:032x}"} and catalog.longest("n", {}, ids).tokens == 10
 
@@ -267,3 +266,48 @@ class TestSystem:
             with pytest.raises(StoreError, match=os.strerror(code)) as caught:
                 db.create_session(context="x")
             assert not isinstance(caught.value, CorruptStoreError)
+
+
+class TestFolder:
+    @pytest.mark.parametrize("name", ["segments", "staging"])
+    def test_links_are_refused(self, name, open_db, tmp_path):
+        (tmp_path / "elsewhere").mkdir()
+        (tmp_path / "db").mkdir()
+        (tmp_path / "db" / name).symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(StoreError, match="is a link"):
+            open_db()
+
+    def test_sweeping_touches_only_what_a_store_makes(self, open_db, tmp_path):
+        with open_db() as db:
+            for name in ("segments/notes", "staging/notes", f"segments/{1:032x}", f"staging/{1:032x}.{2:016x}"):
+                (tmp_path / "db" / name).mkdir()
+            (tmp_path / "db" / "segments" / f"{3:032x}").symlink_to(tmp_path)
+            assert db.gc().leftovers == 2
+            left = {path.name for folder in ("segments", "staging") for path in (tmp_path / "db" / folder).iterdir()}
+            assert left == {"notes", f"{3:032x}"} and tmp_path.is_dir()
+
+    def test_verify_survives_a_file_that_is_cut(self, model, open_db, tmp_path, monkeypatch):
+        """After its header was read and before its content is: a mapping would end the process."""
+        ids = prompt(400)
+        with open_db() as db:
+            db.import_context(ids, pairs(model, ids), name="x")
+            damaged = VectorFile.damaged_blocks
+
+            def cut(self: VectorFile, folder: int, name: str) -> Any:
+                os.truncate(next((tmp_path / "db" / "segments").glob(f"*/{name}")), 8192)
+                return damaged(self, folder, name)
+
+            monkeypatch.setattr(VectorFile, "damaged_blocks", cut)
+            problems = db.verify().problems
+            assert len(problems) == 2 and all("context 'x'" in said and "ends before" in said for said in problems)
+
+    @pytest.mark.skipif(sys.version_info >= (3, 13), reason="mappings keep no descriptor")
+    def test_an_open_file_that_is_cut(self, model, open_db, tmp_path):
+        ids = prompt(4000)
+        with open_db() as db:
+            db.import_context(ids, pairs(model, ids))
+            session, _ = db.create_session(torch.cat([ids, prompt(1)], dim=1))
+            for path in (tmp_path / "db" / "segments").glob("*/*"):
+                os.truncate(path, 8192)
+            with pytest.raises(CorruptStoreError, match="was cut to 8,192"):
+                session.layers[0].contents()

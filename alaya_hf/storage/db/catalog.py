@@ -447,7 +447,8 @@ class Catalog:
 
     def _check_ids(self, db: sqlite3.Connection, segment: str) -> np.ndarray:
         row = db.execute(
-            "SELECT t.ids, s.digest, s.tokens FROM segments s JOIN tokens t ON t.segment = s.id WHERE s.id = ?", (segment,)
+            "SELECT t.ids, s.digest, s.tokens FROM segments s JOIN tokens t ON t.segment = s.id WHERE s.id = ?",
+            (segment,),
         ).fetchone()
         if row is None or hashing.digest(row[0]) != row[1] or len(row[0]) != 4 * row[2]:
             raise self._damaged(segment)
@@ -668,7 +669,12 @@ class Catalog:
                     db.execute("UPDATE segments SET live = ? WHERE id = ?", (end - start, segment))
                     db.execute("DELETE FROM blocks WHERE segment = ? AND stop > ?", (segment, end))
                 break
-            for table, column in (("segments", "id"), ("tokens", "segment"), ("files", "segment"), ("blocks", "segment")):
+            for table, column in (
+                ("segments", "id"),
+                ("tokens", "segment"),
+                ("files", "segment"),
+                ("blocks", "segment"),
+            ):
                 db.execute(f"DELETE FROM {table} WHERE {column} = ?", (segment,))
             removed.append(segment)
             segment = parent

@@ -186,4 +186,6 @@ def _folders(where: Path, name: re.Pattern[str]) -> list[Path]:
     """Folders, not links to some, whose name is one of ours; none if somebody made ``where`` a link meanwhile."""
     if not stat.S_ISDIR(os.lstat(where).st_mode):
         return []
-    return [Path(entry) for entry in os.scandir(where) if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
+    return [
+        Path(entry) for entry in os.scandir(where) if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+    ]
