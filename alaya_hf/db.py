@@ -170,7 +170,8 @@ class AlayaDB:
             seen = [key for key in _NOT_TEXT if getattr(model.config, key, None) is not None]
             if seen:
                 raise UnsupportedModelError(
-                    f"AlayaDB finds contexts by their token ids, but {type(model).__name__} takes more than text ({seen[0]}): two "
+                    f"AlayaDB finds contexts by their token ids, but {type(model).__name__} takes more than "
+                    f"text ({seen[0]}): two "
                     "images have the same ids. Use an AlayaCache without a database, or the model's text part alone."
                 )
             layers = Session(self.settings, config=model.config).layers
@@ -517,7 +518,8 @@ class AlayaDB:
         different = differences(fields, session.fingerprint)
         if different:
             raise FingerprintError(
-                f"the session was made for another model than the database has now; what differs: {different}. Nothing was stored: "
+                f"the session was made for another model than the database has now; what differs: {different}. "
+                "Nothing was stored: "
                 "store it in a database opened with the model it was filled by, or begin a new session with this one."
             )
         return fields

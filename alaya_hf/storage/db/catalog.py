@@ -215,7 +215,8 @@ class Catalog:
             log = self.path.with_name(f"{self.path.name}-wal")
             if log.exists() and log.stat().st_size:
                 raise StoreError(
-                    f"{self.path} has commits that are only in its log {log.name}, which cannot be read along with it here ({error}). "
+                    f"{self.path} has commits that are only in its log {log.name}, which cannot be read along "
+                    f"with it here ({error}). "
                     "Open the store once where it can be written to, or copy the folder there."
                 ) from error
             db = sqlite3.connect(
@@ -269,7 +270,8 @@ class Catalog:
             raise StoreError(f"the catalog {self.path} cannot be used: {error}. Nothing was changed.") from error
         except sqlite3.IntegrityError as error:
             raise StoreError(
-                f"what would be stored is in the catalog {self.path} already ({error}), stored by another process meanwhile. Nothing "
+                f"what would be stored is in the catalog {self.path} already ({error}), stored by another "
+                "process meanwhile. Nothing "
                 "was changed; try again."
             ) from error
         except sqlite3.DatabaseError as error:

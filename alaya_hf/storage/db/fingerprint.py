@@ -75,7 +75,8 @@ def fingerprint(model: Any) -> dict[str, str]:
     away = [name for name, tensor in weights if tensor.device.type == "meta"]
     if away:
         raise UnsupportedModelError(
-            f"{len(away)} weights of the model are kept off memory (the meta device; the first is {away[0]}), so that its contexts "
+            f"{len(away)} weights of the model are kept off memory (the meta device; the first is {away[0]}), "
+            "so that its contexts "
             "cannot be told from another checkpoint's. Load the model onto devices, without offloading to the host or to disk "
             "by device_map."
         )

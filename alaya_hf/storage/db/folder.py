@@ -94,7 +94,8 @@ class Folder:
         for folder in (self.segments, self.staging):
             if folder.is_symlink():
                 raise StoreError(
-                    f"{folder} is a link to {os.readlink(folder)}. Expected a folder of this store's own: what is in it is swept. "
+                    f"{folder} is a link to {os.readlink(folder)}. Expected a folder of this store's own: what "
+                    "is in it is swept. "
                     "Make the whole store a link instead, or store elsewhere."
                 )
         if not self.segments.is_dir():
@@ -177,7 +178,8 @@ class Folder:
             os.close(fd)
 
     def leftovers(self, known: set[str]) -> list[Path]:
-        """Folders that no row of the catalog names; meaningful while :meth:`sweeper` is held. Of names that a store gives only."""
+        """Folders that no row of the catalog names; meaningful while :meth:`sweeper` is held. Of names that a "
+        "store gives only."""
         left = [path for path in _folders(self.segments, _ID) if path.name not in known]
         return left + _folders(self.staging, _STAGED)
 

@@ -143,7 +143,8 @@ def write_vectors(fd: int, layer: int, sources: Mapping[str, Source], metadata: 
         given = sum(piece.nbytes for piece in source.pieces)
         if given != source.nbytes:
             raise StoreError(
-                f"layer {layer}: {name} {source.shape} takes {source.nbytes:,} bytes, but {given:,} were given. Nothing was stored; "
+                f"layer {layer}: {name} {source.shape} takes {source.nbytes:,} bytes, but {given:,} were given. "
+                "Nothing was stored; "
                 "this is a defect, please report it."
             )
     order = sorted(sources, key=lambda name: (name != "kv", -sources[name].dtype.itemsize))
