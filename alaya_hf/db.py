@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -37,7 +38,7 @@ from alaya_hf.storage.db.fingerprint import differences, fingerprint
 from alaya_hf.storage.db.folder import Folder
 from alaya_hf.storage.db.mapped import over
 from alaya_hf.storage.db.parts import Part, dump, write_parts
-from alaya_hf.storage.db.reader import Reader, SegmentGone
+from alaya_hf.storage.db.reader import Reader, SegmentGone, lost, refused
 from alaya_hf.storage.db.remote import RemoteStore
 from alaya_hf.storage.db.remote.tier import RemoteTier
 from alaya_hf.storage.db.vector_file import Source, VectorFile, file_bytes
@@ -51,6 +52,17 @@ SHARED_BLOCKS = 4
 
 _NAME = re.compile(r"[^\x00-\x1f/]{1,200}")
 _ATTEMPTS = 4
+# What configurations of models that take images, sound or video have.
+_NOT_TEXT = (
+    "vision_config",
+    "audio_config",
+    "image_token_id",
+    "image_token_index",
+    "audio_token_id",
+    "audio_token_index",
+    "video_token_id",
+    "video_token_index",
+)
 
 
 @dataclass(frozen=True)
@@ -122,7 +134,7 @@ class AlayaDB:
     StoreError
         For a folder that cannot be used.
     UnsupportedModelError
-        For a model with layers that do not keep every token.
+        For a model with layers that do not keep every token, or that takes images or sound: their ids do not tell them apart.
 
     Notes
     -----
@@ -153,9 +165,15 @@ class AlayaDB:
         self._catalog = Catalog(self._folder.catalog, read_only=read_only, block=block)
         self._buffers = None if buffer_bytes is None else BufferManager(buffer_bytes)
         self._reader = Reader(self._folder, self._catalog, self._buffers)
-        self._fingerprint: tuple[Any, dict[str, str]] | None = None
         self._remote: RemoteTier | None = None
         if model is not None:
+            seen = [key for key in _NOT_TEXT if getattr(model.config, key, None) is not None]
+            if seen:
+                raise UnsupportedModelError(
+                    f"AlayaDB finds contexts by their token ids, but {type(model).__name__} takes more than "
+                    f"text ({seen[0]}): two "
+                    "images have the same ids. Use an AlayaCache without a database, or the model's text part alone."
+                )
             layers = Session(self.settings, config=model.config).layers
             kinds = {type(layer).__name__ for layer in layers if not isinstance(layer, AlayaLayer)}
             if kinds:
@@ -189,17 +207,14 @@ class AlayaDB:
 
     @property
     def fingerprint(self) -> dict[str, str]:
-        """What its contexts depend on besides their tokens; made again when parameters or adapters have changed."""
-        model = self._need_model()
-        state = tuple(
-            (p.data_ptr() if p.device.type != "meta" else 0, 0 if p.is_inference() else p._version)
-            for p in model.parameters()
-        )
-        active = getattr(model, "active_adapters", None) if getattr(model, "peft_config", None) else None
-        key = (state, str(active() if callable(active) else active))
-        if self._fingerprint is None or self._fingerprint[0] != key:
-            self._fingerprint = (key, fingerprint(model))
-        return self._fingerprint[1]
+        """What its contexts depend on besides their tokens, looked at anew each time (some 20,000 numbers).
+
+        Raises
+        ------
+        UnsupportedModelError
+            If Accelerate keeps weights off memory.
+        """
+        return fingerprint(self._need_model())
 
     def _need_model(self) -> Any:
         if self.model is None:
@@ -237,6 +252,13 @@ class AlayaDB:
             if found and parameter.device.type != "meta":
                 devices.setdefault(int(found.group(1)), parameter.device)
         return [devices.get(number, model.device) for number in range(count)]
+
+    def _shape(self) -> tuple[int, int | None]:
+        """Layers of the model, and KV heads of each where all have as many."""
+        config = self._need_model().config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None)
+        varied = getattr(config, "num_global_key_value_heads", None) is not None
+        return len(self._devices()), heads if isinstance(heads, int) and not varied else None
 
     # Sessions ---------------------------------------------------------------------------------------------------------
 
@@ -284,25 +306,25 @@ class AlayaDB:
         """
         if (prompt is None) == (context is None):
             raise StoreError("create_session takes a prompt or a context, one of them.")
-        model = self._need_model()
+        model, fields = self._need_model(), self.fingerprint
         session = Session(self.settings if settings is None else settings, config=model.config, **kwargs)
+        session.fingerprint = fields
         for _ in range(_ATTEMPTS):
             if context is not None:
-                name, chain, theirs = self._catalog.find(self.namespace, context)
-                different = differences(self.fingerprint, theirs)
+                chain, theirs, ids = self._catalog.open(self.namespace, context)
+                different = differences(fields, theirs)
                 if different:
                     raise FingerprintError(
                         f"the context {context!r} was made by another model; what differs: {different}. Load the model that made "
                         "it, or import the context again with this one."
                     )
-                ids = self._catalog.ids_of(chain)
             else:
                 ids = self._ids(prompt)
-                chain = self._catalog.longest(self.namespace, self.fingerprint, ids)
-                if self._remote is not None and self._remote.fetch(self.namespace, self.fingerprint, ids, chain):
-                    chain = self._catalog.longest(self.namespace, self.fingerprint, ids)
+                chain = self._catalog.longest(self.namespace, fields, ids)
+                if self._remote is not None and self._remote.fetch(self.namespace, fields, ids, chain, self._shape()):
+                    chain = self._catalog.longest(self.namespace, fields, ids)
                 if not chain.links:
-                    self._warn_of_others(ids)
+                    self._warn_of_others(ids, fields)
             try:
                 if chain.links:
                     self._attach(session, chain, ids)
@@ -329,12 +351,12 @@ class AlayaDB:
     def _label(self, segment: str) -> str:
         return f"context {', '.join(map(repr, self._catalog.readers(segment)))} (segment {segment[:8]})"
 
-    def _warn_of_others(self, ids: np.ndarray) -> None:
-        found = self._catalog.others(self.namespace, self.fingerprint, ids)
+    def _warn_of_others(self, ids: np.ndarray, fields: dict[str, str]) -> None:
+        found = self._catalog.others(self.namespace, fields, ids)
         if found is not None:
             warnings.warn(
                 f"{self.path} has a context that begins like this prompt, made by another model; what differs: "
-                f"{differences(self.fingerprint, found[1])}. It is not used.",
+                f"{differences(fields, found[1])}. It is not used.",
                 UserWarning,
                 stacklevel=3,
             )
@@ -368,7 +390,7 @@ class AlayaDB:
         Raises
         ------
         StoreError
-            If the number of tokens or layers is another.
+            If the number of tokens or layers is another, or there is more than one sequence.
 
         Notes
         -----
@@ -383,6 +405,13 @@ class AlayaDB:
             for number, (keys, values) in enumerate(kv):
                 session.layers.append(session._new_layer(number))
                 session.layers[number].fill(keys, values)
+        held = [layer.keys for layer in kv.layers] if isinstance(kv, Cache) else [keys for keys, _ in kv]
+        batch = max((len(keys) for keys in held if isinstance(keys, Tensor)), default=1)
+        if batch != 1:
+            raise StoreError(
+                f"contexts are imported one by one, but the keys and values are of {batch} sequences. Give [1, kv_heads, n, "
+                "head_dim] per layer: one row of the batch at a time."
+            )
         lengths = {layer.get_seq_length() for layer in session.layers}
         expected = len(self._devices())
         if lengths != {len(ids)} or len(session.layers) != expected:
@@ -415,7 +444,10 @@ class AlayaDB:
         Raises
         ------
         StoreError
-            If token ids are unknown, or there is more than one sequence.
+            If token ids are unknown, there is more than one sequence, or a pass was interrupted between two layers.
+        FingerprintError
+            If the session was made for another model than the database's, or for the same with other weights or adapters; says
+            what differs.
         ContextExistsError
             If the name is taken by a context that this one does not continue.
         DiskFullError, ReadOnlyStoreError
@@ -437,13 +469,19 @@ class AlayaDB:
             )
         if name is not None and not _NAME.fullmatch(name):
             raise StoreError(f"a name is 1 to 200 characters without slashes and control characters, but got {name!r}.")
+        lengths = [layer.get_seq_length() for layer in session.layers]
+        if len(set(lengths)) > 1:
+            raise StoreError(
+                f"the session's layers hold {min(lengths)} to {max(lengths)} tokens: a pass was interrupted. Nothing was stored. "
+                "Begin a new session and run the prompt again."
+            )
         ids = session.token_ids[0].numpy().astype(np.int32)
         if not ids.size:
             raise StoreError("the session holds no tokens. Run the model with past_key_values=session first.")
         for layer in session.alaya_layers:
             if layer._valid is not None and not bool(layer._valid.all()):
                 raise StoreError("the session holds padding; contexts are stored without. Prefill the sequence alone.")
-        fields = self.fingerprint
+        fields = self._fields_of(session)
         base = self._catalog.longest(self.namespace, fields, ids)
         if session.chain.tokens >= base.tokens:
             base = session.chain
@@ -457,10 +495,10 @@ class AlayaDB:
                     break
                 except LookupError:
                     # The base was deleted meanwhile.
-                    self._remove(segment.id for segment in new)
+                    self._discard(new)
                     base = Chain() if attempt else self._catalog.longest(self.namespace, fields, ids)
                 except BaseException:
-                    self._remove(segment.id for segment in new)
+                    self._discard(new)
                     raise
         else:
             raise StoreError(f"contexts of {self.path} vanish while they are continued. Nothing was stored; try again.")
@@ -470,6 +508,21 @@ class AlayaDB:
         if self._remote is not None:
             self._remote.push(self.namespace, fields, ids, session.chain)
         return self.info(context)
+
+    def _fields_of(self, session: Session) -> dict[str, str]:
+        """The fingerprint of what a session holds, which has to be that of this database's model as it is now."""
+        fields = self.fingerprint
+        if session.fingerprint is None:
+            # Made elsewhere, and nothing of it came from a store: whose it is, is for the caller to know.
+            session.fingerprint = fields
+        different = differences(fields, session.fingerprint)
+        if different:
+            raise FingerprintError(
+                f"the session was made for another model than the database has now; what differs: {different}. "
+                "Nothing was stored: "
+                "store it in a database opened with the model it was filled by, or begin a new session with this one."
+            )
+        return fields
 
     def _write(
         self,
@@ -504,6 +557,10 @@ class AlayaDB:
         for segment in segments:
             self._folder.remove_segment(segment)
 
+    def _discard(self, new: Iterable[NewSegment]) -> None:
+        """Remove the files of what was not committed; an interruption may have come just after the commit."""
+        self._remove(segment.id for segment in new if not self._catalog.knows(segment.id))
+
     # Keeping house ----------------------------------------------------------------------------------------------------
 
     def info(self, context: str) -> ContextRow:
@@ -525,6 +582,11 @@ class AlayaDB:
         Raises
         ------
         UnknownContextError
+
+        Notes
+        -----
+        Removes it here only. A remote store keeps what was copied to it, for the fleet: with ``remote=`` the next prompt that
+        begins like the context brings it back. To be rid of it, remove it there too, by that store's own means.
         """
         context_id, _, _ = self._catalog.find(self.namespace, context)
         self._remove(self._catalog.delete(context_id))
@@ -568,6 +630,8 @@ class AlayaDB:
         except (CorruptStoreError, OSError) as error:
             if not self._catalog.files(segment):
                 return [], 0  # deleted meanwhile
+            if isinstance(error, OSError) and not lost(error):
+                raise refused(label, error) from error
             return [
                 str(error) if isinstance(error, CorruptStoreError) else f"{label}: its files are missing ({error})"
             ], 0
@@ -576,11 +640,13 @@ class AlayaDB:
                 where = f"{label}, layer {file.layer}"
                 try:
                     opened = VectorFile(folder, layer_name(file.layer), file, where)
-                    problems += opened.damaged_blocks()
+                    problems += opened.damaged_blocks(folder, layer_name(file.layer))
                     nbytes += file.nbytes
                 except CorruptStoreError as error:
                     problems.append(str(error))
                 except OSError as error:
+                    if not lost(error) and error.errno != errno.EIO:
+                        raise refused(where, error) from error
                     problems.append(f"{where}: the file cannot be opened ({error.strerror})")
         finally:
             os.close(folder)
@@ -609,10 +675,7 @@ class AlayaDB:
         with self._folder.sweeper() as alone:
             leftovers = self._folder.leftovers(self._catalog.known()) if alone else []
             for path in leftovers:
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)
+                shutil.rmtree(path, ignore_errors=True)
         return GcReport(gone, len(leftovers), self.nbytes, alone)
 
     @property

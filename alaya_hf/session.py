@@ -26,11 +26,15 @@ class Session(AlayaCache):
     ----------
     chain : Chain
         What of the tokens held is in the database, as far as is known here.
+    fingerprint : dict or None
+        Of the model that its keys and values are of, see :func:`alaya_hf.storage.db.fingerprint.fingerprint`; None for a session
+        that no database made. Copies keep it.
     """
 
     def __init__(self, settings: AlayaConfig | str | None = None, **kwargs: Any) -> None:
         super().__init__(settings, **kwargs)
         self.chain = Chain()
+        self.fingerprint: dict[str, str] | None = None
 
     @property
     def reused(self) -> int:
@@ -154,7 +158,7 @@ class Session(AlayaCache):
             return deepcopy(self)
         copy = super().fork(settings)
         assert isinstance(copy, Session)
-        copy.chain = self.chain
+        copy.chain, copy.fingerprint = self.chain, self.fingerprint
         return copy
 
     def attach(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -212,6 +213,56 @@ class TestFailing:
                         assert db.create_session(ids)[0].reused == 0
                 assert db.list() == [] and db.gc().leftovers == 0
 
+    def test_an_interrupted_fetch_is_not_in_the_way(self, shared, model, tmp_path):
+        """Kills leave a folder under the segment's own name, published but never committed, and staged ones."""
+        remote, ids = shared
+        name = next(key.split("/")[1] for key in remote.values if key.startswith("segments/"))
+        with machine(tmp_path / "b", model, remote) as db:
+            for left in (tmp_path / "b" / "segments" / name, tmp_path / "b" / "staging" / name):
+                left.mkdir()
+                (left / "layer-0000.safetensors").write_bytes(b"half")
+            with db._folder.writer():
+                # Perhaps the work of whoever is storing: left alone, and not held against the remote store.
+                assert db.create_session(ids)[0].reused == 0
+            assert db.create_session(ids)[0].reused == 400 and not db.verify().problems
+
+    def test_a_failing_local_disk_is_not_the_remotes_fault(self, shared, model, tmp_path, monkeypatch):
+        remote, ids = shared
+        with machine(tmp_path / "b", model, remote) as db:
+
+            def fail(*args: Any) -> None:
+                raise OSError(errno.EIO, "Input/output error")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(db._folder, "publish", fail)
+                with pytest.warns(RuntimeWarning, match="this machine failed"):
+                    assert db.create_session(ids)[0].reused == 0
+            assert db.create_session(ids)[0].reused == 400
+
+    @pytest.mark.parametrize("what", ["tokens", "dtype", "layers", "heads"])
+    def test_sound_content_of_another_shape(self, what, shared, model, tmp_path):
+        """Digests are right, so only a look at what they vouch for tells."""
+        remote, ids = shared
+        key = next(key for key in remote.values if key.endswith("manifest"))
+        manifest = json.loads(remote.values[key])
+        with machine(tmp_path / "b", model, remote) as db:
+            if what == "tokens":
+                manifest["tokens"] -= 1
+                ids_key = key.replace("manifest", "ids/000000")
+                remote.values[ids_key] = remote.values[ids_key][:-4]
+            elif what == "dtype":
+                manifest["dtype"] = "float16"
+            elif what == "layers":
+                manifest["files"].pop()
+            else:
+                db._shape = lambda: (2, 4)
+            remote.values[key] = json.dumps(manifest).encode()
+            with pytest.warns(
+                RuntimeWarning, match="has 1 layers" if what == "layers" else "keys and values are float32"
+            ):
+                assert db.create_session(ids[:, :390])[0].reused == 0
+            assert db.list() == [] and db.gc().leftovers == 0
+
     def test_missing_pieces(self, shared, model, tmp_path):
         remote, ids = shared
         key = next(key for key in remote.values if key.endswith("0001/000000"))
@@ -228,3 +279,16 @@ def test_values_are_cut(model, tmp_path, monkeypatch):
     session, _ = machine(tmp_path / "b", model, remote).create_session(ids)
     # Announced up to the last whole block; the segment behind it has the rest.
     assert session.reused == 400 and same(contents(session), dense(model, ids))
+
+
+def test_a_shared_folder_is_its_owners_alone(tmp_path):
+    store = FsspecStore((tmp_path / "a" / "share").as_uri())
+    store.put("segments/x/y", b"1")
+    store.put("segments/x/y", b"1")
+    modes = {path.relative_to(tmp_path).as_posix(): path.stat().st_mode & 0o777 for path in (tmp_path / "a").rglob("*")}
+    assert modes == {
+        "a/share": 0o700,
+        "a/share/segments": 0o700,
+        "a/share/segments/x": 0o700,
+        "a/share/segments/x/y": 0o600,
+    }

@@ -28,21 +28,22 @@ from alaya_hf.errors import (
     UnknownContextError,
 )
 from alaya_hf.storage.db import hashing
-from alaya_hf.storage.db.fingerprint import digest_of
+from alaya_hf.storage.db.fingerprint import differences, digest_of
 from alaya_hf.storage.db.folder import writing
 from alaya_hf.storage.db.vector_file import Written
 
-VERSION = 1
+VERSION = 2
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE spaces (
     id INTEGER PRIMARY KEY, namespace TEXT NOT NULL, digest BLOB NOT NULL, fields TEXT NOT NULL, UNIQUE (namespace, digest));
 CREATE TABLE segments (
     id TEXT PRIMARY KEY, space INTEGER NOT NULL, parent TEXT, start INTEGER NOT NULL, tokens INTEGER NOT NULL,
-    live INTEGER NOT NULL, ids BLOB NOT NULL, digest BLOB NOT NULL, bytes INTEGER NOT NULL, dtype TEXT NOT NULL,
+    live INTEGER NOT NULL, first BLOB NOT NULL, digest BLOB NOT NULL, bytes INTEGER NOT NULL, dtype TEXT NOT NULL,
     created REAL NOT NULL) WITHOUT ROWID;
+CREATE TABLE tokens (segment TEXT PRIMARY KEY, ids BLOB NOT NULL) WITHOUT ROWID;
 CREATE INDEX roots ON segments (space, parent);
-CREATE INDEX children ON segments (parent);
+CREATE INDEX children ON segments (parent, start);
 CREATE TABLE files (
     segment TEXT NOT NULL, layer INTEGER NOT NULL, bytes INTEGER NOT NULL, header BLOB NOT NULL, checksums BLOB NOT NULL,
     PRIMARY KEY (segment, layer)) WITHOUT ROWID;
@@ -54,6 +55,11 @@ CREATE TABLE contexts (
     tokens INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, UNIQUE (namespace, name)) WITHOUT ROWID;
 CREATE INDEX contexts_in ON contexts (segment);
 """
+# A segment's first block, and whether others branch off within it.
+_FIRST = (
+    "SELECT s.id, s.start, s.live, s.first, "
+    "EXISTS (SELECT 1 FROM segments c WHERE c.parent = s.id AND c.start <= s.start + ?) FROM segments s"
+)
 
 
 @dataclass(frozen=True)
@@ -161,7 +167,8 @@ class Catalog:
     Raises
     ------
     StoreError
-        For a file of another version, or that is no catalog.
+        For a file of another version, or that is no catalog; and on a read-only medium, if the last writer left a log there,
+        without which contexts would be missing.
 
     Notes
     -----
@@ -205,6 +212,13 @@ class Catalog:
                 raise
             # A read-only medium has no room for the log's index, and no writer either.
             db.close()
+            log = self.path.with_name(f"{self.path.name}-wal")
+            if log.exists() and log.stat().st_size:
+                raise StoreError(
+                    f"{self.path} has commits that are only in its log {log.name}, which cannot be read along "
+                    f"with it here ({error}). "
+                    "Open the store once where it can be written to, or copy the folder there."
+                ) from error
             db = sqlite3.connect(
                 f"{self.path.absolute().as_uri()}?mode=ro&immutable=1",
                 uri=True,
@@ -254,6 +268,12 @@ class Catalog:
                     "folder, or store elsewhere."
                 ) from error
             raise StoreError(f"the catalog {self.path} cannot be used: {error}. Nothing was changed.") from error
+        except sqlite3.IntegrityError as error:
+            raise StoreError(
+                f"what would be stored is in the catalog {self.path} already ({error}), stored by another "
+                "process meanwhile. Nothing "
+                "was changed; try again."
+            ) from error
         except sqlite3.DatabaseError as error:
             raise CorruptStoreError(
                 f"the catalog {self.path} is damaged ({error}). Restore it from a copy, or start a new store; the segments "
@@ -358,41 +378,54 @@ class Catalog:
     def _extended(self, db: sqlite3.Connection, space: int, chain: Chain, ids: np.ndarray) -> Chain:
         """Go on token by token where no whole block matches: within a segment, and into those that branch off.
 
-        The ids of the segments in ``chain`` are verified already.
+        The ids of the segments in ``chain`` are verified already. First blocks nominate, so that segments which leave the prompt
+        within theirs (all that share a chat template, say) cost no reading; the ids of what is returned are verified.
         """
         best = chain
         if chain.links:
             last = chain.links[-1]
-            live, own = db.execute("SELECT live, ids FROM segments WHERE id = ?", (last.segment,)).fetchone()
+            live, own = db.execute(
+                "SELECT s.live, t.ids FROM segments s JOIN tokens t ON t.segment = s.id WHERE s.id = ?", (last.segment,)
+            ).fetchone()
             known = np.frombuffer(own, np.int32)[last.length : live]
             given = ids[chain.tokens : chain.tokens + known.size]
             equal = _equal(known, given)
             if equal:
                 best = Chain((*chain.links[:-1], Link(last.segment, last.start, last.length + equal)))
-            begin, end, parent = chain.tokens, best.tokens, last.segment
             children = db.execute(
-                "SELECT id, start, live, substr(ids, 1, ?) FROM segments WHERE space = ? AND parent = ? AND start BETWEEN ? "
-                "AND ?",
-                (4 * self.block, space, parent, begin, end),
-            ).fetchall()
+                f"{_FIRST} WHERE s.space = ? AND s.parent = ? AND s.start BETWEEN ? AND ?",
+                (self.block, space, last.segment, chain.tokens, best.tokens),
+            )
         else:
-            children = db.execute(
-                "SELECT id, start, live, substr(ids, 1, ?) FROM segments WHERE space = ? AND parent IS NULL",
-                (4 * self.block, space),
-            ).fetchall()
-        for segment, start, live, first in children:
-            equal = _equal(np.frombuffer(first, np.int32)[:live], ids[start : start + self.block])
-            if not equal:
-                continue
-            self._check_ids(db, segment)
-            before = best.cut(start) if chain.links else Chain()
-            longer = Chain((*before.links, Link(segment, start, equal)))
-            if before.tokens != start:
-                raise self._damaged(segment)
-            longer = self._extended(db, space, longer, ids)
+            children = db.execute(f"{_FIRST} WHERE s.space = ? AND s.parent IS NULL", (self.block, space))
+        trunk = best
+        within: tuple[int, str, int, int] | None = None
+        further: list[tuple[str, int, int]] = []
+        for segment, start, live, first, branches in children.fetchall():
+            known = np.frombuffer(first, np.int32)[:live]
+            equal = _equal(known, ids[start : start + self.block])
+            if equal and (equal == known.size or branches):
+                further.append((segment, start, equal))
+            elif equal and (within is None or start + equal > within[0]):
+                within = (start + equal, segment, start, equal)
+        for segment, start, equal in further:
+            longer = self._extended(db, space, self._branch(db, trunk, segment, start, equal, ids), ids)
             if longer.tokens > best.tokens:
                 best = longer
+        if within is not None and within[0] > best.tokens:
+            best = self._branch(db, trunk, *within[1:], ids)
         return best
+
+    def _branch(
+        self, db: sqlite3.Connection, before: Chain, segment: str, start: int, equal: int, ids: np.ndarray
+    ) -> Chain:
+        """A chain that leaves another at ``start``, for ``equal`` verified tokens of a segment."""
+        links = before.cut(start).links
+        if Chain(links).tokens != start or not np.array_equal(
+            self._check_ids(db, segment)[:equal], ids[start : start + equal]
+        ):
+            raise self._damaged(segment)
+        return Chain((*links, Link(segment, start, equal)))
 
     def _chain(self, db: sqlite3.Connection, segment: str, stop: int) -> Chain:
         """The way from the root to position ``stop`` of a context through ``segment``."""
@@ -415,9 +448,13 @@ class Catalog:
         )
 
     def _check_ids(self, db: sqlite3.Connection, segment: str) -> np.ndarray:
-        ids, stored, tokens = db.execute("SELECT ids, digest, tokens FROM segments WHERE id = ?", (segment,)).fetchone()
-        if hashing.digest(ids) != stored or len(ids) != 4 * tokens:
+        row = db.execute(
+            "SELECT t.ids, s.digest, s.tokens FROM segments s JOIN tokens t ON t.segment = s.id WHERE s.id = ?",
+            (segment,),
+        ).fetchone()
+        if row is None or hashing.digest(row[0]) != row[1] or len(row[0]) != 4 * row[2]:
             raise self._damaged(segment)
+        ids: bytes = row[0]
         return np.frombuffer(ids, np.int32)
 
     def ids_of(self, chain: Chain) -> np.ndarray:
@@ -462,18 +499,21 @@ class Catalog:
     def parts_of(self, segment: str) -> dict[str, object] | None:
         """A segment's row as plain values, for a remote store; None if it is gone."""
         with self._reading() as db:
-            row = db.execute(
-                "SELECT parent, start, tokens, ids, dtype FROM segments WHERE id = ?", (segment,)
-            ).fetchone()
+            row = db.execute("SELECT parent, start, tokens, dtype FROM segments WHERE id = ?", (segment,)).fetchone()
             if row is None:
                 return None
-            self._check_ids(db, segment)
-        return dict(zip(("parent", "start", "tokens", "ids", "dtype"), row, strict=True))
+            ids = self._check_ids(db, segment).tobytes()
+        return {**dict(zip(("parent", "start", "tokens", "dtype"), row, strict=True)), "ids": ids}
 
     def known(self) -> set[str]:
         """Ids of all segments."""
         with self._reading() as db:
             return {row[0] for row in db.execute("SELECT id FROM segments")}
+
+    def knows(self, segment: str) -> bool:
+        """Whether a segment is committed."""
+        with self._reading() as db:
+            return db.execute("SELECT 1 FROM segments WHERE id = ?", (segment,)).fetchone() is not None
 
     def total_bytes(self, namespace: str) -> int:
         """Bytes of a namespace's segments."""
@@ -521,7 +561,7 @@ class Catalog:
         LookupError
             If the base was deleted meanwhile, or belongs to another namespace or model: write all of it.
         ContextExistsError
-            If the name belongs to a context that this one does not continue.
+            If the name belongs to a context that this one does not continue, or to another model's.
         """
         now = time.time()
         hashes = hashing.chain(ids, self.block, namespace)
@@ -549,13 +589,14 @@ class Catalog:
                         segment.start,
                         segment.tokens,
                         segment.tokens,
-                        own,
+                        own[: 4 * self.block],
                         hashing.digest(own),
                         segment.nbytes,
                         segment.dtype,
                         now,
                     ),
                 )
+                db.execute("INSERT INTO tokens VALUES (?, ?)", (segment.id, own))
                 db.executemany(
                     "INSERT INTO files VALUES (?, ?, ?, ?, ?)",
                     [(segment.id, file.layer, file.nbytes, file.header, file.checksums) for file in segment.files],
@@ -566,9 +607,7 @@ class Catalog:
                     [(hashes[number - 1], segment.id, number * self.block) for number in ends],
                 )
                 last = segment.id
-            removed: list[str] = []
-            if name is not None:
-                removed = self._take_name(db, namespace, name, ids)
+            given_up = None if name is None else self._take_name(db, space, namespace, name, ids, last)
             same = db.execute(
                 "SELECT id FROM contexts WHERE segment = ? AND tokens = ? AND name IS ?", (last, len(ids), name)
             ).fetchone()
@@ -581,24 +620,39 @@ class Catalog:
                     "INSERT INTO contexts VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
                     (context_id, space, namespace, name, last, len(ids), now, now),
                 )
-            return context_id, removed
+            return context_id, self._release(db, given_up)
 
-    def _take_name(self, db: sqlite3.Connection, namespace: str, name: str, ids: np.ndarray) -> list[str]:
+    def _take_name(
+        self, db: sqlite3.Connection, space: int | None, namespace: str, name: str, ids: np.ndarray, last: str | None
+    ) -> str | None:
+        """Make a name free for a context that ends in segment ``last``; the segment that its owner refers to no longer."""
         row = db.execute(
-            "SELECT id, segment, tokens FROM contexts WHERE namespace = ? AND name = ?", (namespace, name)
+            "SELECT c.id, c.segment, c.tokens, c.space, s.fields FROM contexts c JOIN spaces s ON s.id = c.space "
+            "WHERE c.namespace = ? AND c.name = ?",
+            (namespace, name),
         ).fetchone()
         if row is None:
-            return []
-        chain = self._chain(db, row[1], row[2])
+            return None
+        context, segment, tokens, theirs, fields = row
+        if theirs != space:
+            ours = db.execute("SELECT fields FROM spaces WHERE id = ?", (space,)).fetchone()[0]
+            raise ContextExistsError(
+                f"the namespace {namespace!r} has a context named {name!r} already, made by another model; what differs: "
+                f"{differences(json.loads(ours), json.loads(fields))}. Nothing was stored: choose another name or namespace, or "
+                "delete that context first."
+            )
+        chain = self._chain(db, segment, tokens)
         if chain.tokens > len(ids) or not self._same(db, chain, ids):
             raise ContextExistsError(
                 f"the namespace {namespace!r} has another context named {name!r}, of {chain.tokens} tokens that these do not "
                 "continue. Nothing was stored: choose another name, or delete that context first."
             )
         if chain.tokens == len(ids):
-            return []
-        db.execute("DELETE FROM contexts WHERE id = ?", (row[0],))
-        return self._release(db, row[1])
+            # The same context, perhaps stored meanwhile by another process: it stays, where it lies now.
+            db.execute("UPDATE contexts SET segment = ? WHERE id = ?", (last, context))
+            return None if segment == last else str(segment)
+        db.execute("DELETE FROM contexts WHERE id = ?", (context,))
+        return str(segment)
 
     def _release(self, db: sqlite3.Connection, segment: str | None) -> list[str]:
         """Recount what refers to a segment; remove what nothing refers to, up the tree."""
@@ -617,7 +671,12 @@ class Catalog:
                     db.execute("UPDATE segments SET live = ? WHERE id = ?", (end - start, segment))
                     db.execute("DELETE FROM blocks WHERE segment = ? AND stop > ?", (segment, end))
                 break
-            for table, column in (("segments", "id"), ("files", "segment"), ("blocks", "segment")):
+            for table, column in (
+                ("segments", "id"),
+                ("tokens", "segment"),
+                ("files", "segment"),
+                ("blocks", "segment"),
+            ):
                 db.execute(f"DELETE FROM {table} WHERE {column} = ?", (segment,))
             removed.append(segment)
             segment = parent
@@ -678,6 +737,26 @@ class Catalog:
                     "the beginning of an id, as `list` gives them."
                 )
             return rows[0][0], self._chain(db, rows[0][1], rows[0][2]), json.loads(rows[0][3])
+
+    def open(self, namespace: str, context: str) -> tuple[Chain, dict[str, str], np.ndarray]:
+        """What :meth:`find` finds and its token ids, as of one moment.
+
+        Returns
+        -------
+        chain : Chain
+        fields : dict
+            The fingerprint of its model.
+        ids : ndarray
+            ``[n]`` int32, verified.
+
+        Raises
+        ------
+        UnknownContextError
+        CorruptStoreError
+        """
+        with self._reading():
+            _, chain, fields = self.find(namespace, context)
+            return chain, fields, self.ids_of(chain)
 
     def contexts(self, namespace: str | None, only: str | None = None) -> list[ContextRow]:
         """All contexts of a namespace (None: of all), most recently used first."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 from alaya_hf.errors import CorruptStoreError, DiskFullError, ReadOnlyStoreError, StoreError
 
 _ID = re.compile(r"[0-9a-f]{32}")
+_STAGED = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{16}")
 _NO_ROOM = {"ENOSPC", "EDQUOT", "EFBIG"}
 
 
@@ -68,6 +71,11 @@ class Folder:
     create : bool
         Make the folder, for its owner alone (0700), if there is none.
 
+    Raises
+    ------
+    StoreError
+        If it is no store, or ``segments`` or ``staging`` is a link: sweeping would remove what lies behind it.
+
     Notes
     -----
     ``catalog.sqlite`` says what exists. ``segments/<id>/`` holds the files of a segment, one per layer; ``staging/`` what
@@ -83,6 +91,13 @@ class Folder:
             with writing(path):
                 for folder in (path, self.segments, self.staging):
                     folder.mkdir(mode=0o700, parents=folder is path, exist_ok=True)
+        for folder in (self.segments, self.staging):
+            if folder.is_symlink():
+                raise StoreError(
+                    f"{folder} is a link to {os.readlink(folder)}. Expected a folder of this store's own: what "
+                    "is in it is swept. "
+                    "Make the whole store a link instead, or store elsewhere."
+                )
         if not self.segments.is_dir():
             raise StoreError(
                 f"{path} is no store of contexts: it has no folder 'segments'. Expected one made by AlayaDB."
@@ -108,7 +123,8 @@ class Folder:
 
     def new_staging(self, segment: str) -> Path:
         """An empty folder to write a segment's files to."""
-        path = self.staging / segment
+        # A name of its own: what an interrupted write of the same segment left must not be in the way.
+        path = self.staging / f"{segment}.{secrets.token_hex(8)}"
         path.mkdir(mode=0o700)
         return path
 
@@ -162,6 +178,16 @@ class Folder:
             os.close(fd)
 
     def leftovers(self, known: set[str]) -> list[Path]:
-        """Folders that no row of the catalog names; meaningful while :meth:`sweeper` is held."""
-        left = [path for path in self.segments.iterdir() if path.name not in known]
-        return left + list(self.staging.iterdir())
+        """Folders that no row of the catalog names; meaningful while :meth:`sweeper` is held. Of names that a "
+        "store gives only."""
+        left = [path for path in _folders(self.segments, _ID) if path.name not in known]
+        return left + _folders(self.staging, _STAGED)
+
+
+def _folders(where: Path, name: re.Pattern[str]) -> list[Path]:
+    """Folders, not links to some, whose name is one of ours; none if somebody made ``where`` a link meanwhile."""
+    if not stat.S_ISDIR(os.lstat(where).st_mode):
+        return []
+    return [
+        Path(entry) for entry in os.scandir(where) if name.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from weakref import WeakValueDictionary
 import torch
 from torch import Tensor
 
-from alaya_hf.errors import CorruptStoreError
+from alaya_hf.errors import CorruptStoreError, StoreError
 from alaya_hf.storage.db.buffer_manager import BufferManager
 from alaya_hf.storage.db.catalog import Catalog, Chain, Link
 from alaya_hf.storage.db.folder import Folder
@@ -22,6 +23,9 @@ from alaya_hf.storage.segment import Segment
 from alaya_hf.storage.store import Piece
 
 _COPIED = 4096  # tokens without an index that are copied into one segment rather than searched run by run
+
+
+_LOST = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 
 
 class SegmentGone(Exception):
@@ -41,6 +45,19 @@ class _Run:
     def read(self, start: int, stop: int) -> Tensor:
         first = self.at + start - self.start
         return MappedSegment(self.file, first, first + stop - start).read()
+
+
+def lost(error: OSError) -> bool:
+    """Whether a file is not there or not one of ours, rather than this process unable to open it."""
+    return error.errno in _LOST
+
+
+def refused(label: str, error: OSError) -> StoreError:
+    """For a file that is there, as far as one can tell: out of descriptors or memory, no permission, a failing disk."""
+    return StoreError(
+        f"{label}: a file cannot be opened now ({error.strerror}). This says nothing about the stored context: see to the cause "
+        "and try again."
+    )
 
 
 class StoredLayer:
@@ -134,6 +151,8 @@ class Reader:
         SegmentGone
             If the catalog does not know it any more.
         CorruptStoreError
+        StoreError
+            If the system refuses to open it, for want of descriptors, memory or permission.
         """
         with self._lock:
             expected = self.catalog.files(segment)
@@ -171,6 +190,8 @@ class Reader:
             return files
 
     def _gone(self, segment: str, label: str, error: OSError) -> Exception:
+        if not lost(error):
+            return refused(label, error)
         if not self.catalog.files(segment):
             return SegmentGone(segment)
         return CorruptStoreError(

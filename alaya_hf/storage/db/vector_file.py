@@ -7,6 +7,7 @@ and of the checksums, which makes it the root of what is trusted.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import mmap
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from alaya_hf.errors import CorruptStoreError
+from alaya_hf.errors import CorruptStoreError, StoreError
 from alaya_hf.kernels.cpu.checksum import BLOCK, block_checksums, first_damaged
 from alaya_hf.storage.db.buffer_manager import FRAME, BufferManager
 from alaya_hf.storage.db.hashing import digest
@@ -129,10 +130,23 @@ def write_vectors(fd: int, layer: int, sources: Mapping[str, Source], metadata: 
     -------
     Written
 
+    Raises
+    ------
+    StoreError
+        If a source's pieces are not of its size.
+
     Notes
     -----
     One pass over the data: checksums are made of the chunk that is about to be written.
     """
+    for name, source in sources.items():
+        given = sum(piece.nbytes for piece in source.pieces)
+        if given != source.nbytes:
+            raise StoreError(
+                f"layer {layer}: {name} {source.shape} takes {source.nbytes:,} bytes, but {given:,} were given. "
+                "Nothing was stored; "
+                "this is a defect, please report it."
+            )
     order = sorted(sources, key=lambda name: (name != "kv", -sources[name].dtype.itemsize))
     sources = {name: sources[name] for name in order}
     data = sum(source.nbytes for source in sources.values())
@@ -180,6 +194,18 @@ def _write(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view) :]
 
 
+def _read(fd: int, size: int, at: int) -> bytes:
+    """Up to ``size`` bytes at a position, fewer only at the end of the file."""
+    parts = []
+    while size:
+        part = os.pread(fd, size, at)
+        if not part:
+            break
+        parts.append(part)
+        size, at = size - len(part), at + len(part)
+    return b"".join(parts)
+
+
 def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -219,6 +245,11 @@ class VectorFile:
     Notes
     -----
     Opening reads the header. Blocks are verified the first time :meth:`check` is asked for them.
+
+    The system ends a process (SIGBUS) that reads a mapped page behind the end of its file, or one that a failing disk does not
+    give. Nothing in this package shortens a file. Where the mapping keeps a descriptor (before Python 3.13), a file that somebody
+    cut is noticed before blocks are verified; blocks verified earlier, and cuts at that very moment, are not. To look at files
+    that may be damaged use :meth:`damaged_blocks`, which reads instead of mapping.
     """
 
     def __init__(
@@ -230,24 +261,27 @@ class VectorFile:
             state = os.fstat(fd)
             if not stat.S_ISREG(state.st_mode) or state.st_size != expected.nbytes or expected.nbytes < 2 * BLOCK:
                 raise self._damaged(f"the file {name} has {state.st_size:,} bytes instead of {expected.nbytes:,}")
+            # Read, not mapped: a file that is cut short meanwhile is an error then, and not a signal.
+            size = int.from_bytes(os.pread(fd, 8, 0), "little")
+            if size > min(_MAX_HEADER, expected.nbytes - 8) or (8 + size) % BLOCK:
+                raise self._damaged(f"the header claims {size:,} bytes")
+            header = _read(fd, 8 + size, 0)
+            if digest(header) != expected.header:
+                raise self._damaged("the header is not the one that was stored")
             # Before Python 3.13 a mapping keeps a descriptor of its own.
             kwargs: dict[str, Any] = {"trackfd": False} if sys.version_info >= (3, 13) else {}
             self.map = mmap.mmap(fd, expected.nbytes, access=mmap.ACCESS_READ, **kwargs)
         finally:
             os.close(fd)
-        size = int.from_bytes(self.map[:8], "little")
-        if size > min(_MAX_HEADER, expected.nbytes - 8) or (8 + size) % BLOCK:
-            raise self._damaged(f"the header claims {size:,} bytes")
-        if digest(self.map[: 8 + size]) != expected.header:
-            raise self._damaged("the header is not the one that was stored")
         self.offset = 8 + size
         self.tensors: dict[str, Tensor] = {}
         self.metadata: dict[str, str] = {}
         try:
-            self._parse(self.map[8 : 8 + size], expected.nbytes - self.offset)
+            self._parse(header[8:], expected.nbytes - self.offset)
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             raise self._damaged(f"the header cannot be used ({error})") from error
-        self._expected = expected.checksums
+        self._expected, self._nbytes = expected.checksums, expected.nbytes
+        self._tracked = not kwargs
         self._sums: np.ndarray | None = None
         sums = self.tensors.pop("checksums")
         self._checksums = sums.numpy().view(np.uint64)
@@ -332,6 +366,8 @@ class VectorFile:
         """Verify blocks by number (int64, ascending), those that were not verified before."""
         if not blocks.size:
             return
+        if self._tracked and self.map.size() != self._nbytes:
+            raise self._damaged(f"the file was cut to {self.map.size():,} of {self._nbytes:,} bytes while it was open")
         with self._lock:
             if self._sums is None:
                 if digest(self._checksums.data.cast("B")) != self._expected:
@@ -347,15 +383,51 @@ class VectorFile:
                 raise self._damaged(f"bytes {at:,} to {at + BLOCK:,} do not match their checksum")
             self._verified[new] = True
 
-    def damaged_blocks(self) -> Iterator[str]:
-        """Read everything again and say what is wrong, for a report."""
-        self._verified[:] = False
-        step = FRAME // BLOCK
+    def damaged_blocks(self, folder: int, name: str) -> Iterator[str]:
+        """Read everything again, from the file and not through the mapping, and say what is wrong, for a report.
+
+        Parameters
+        ----------
+        folder : int
+            Descriptor of the folder it lies in.
+        name : str
+
+        Notes
+        -----
+        A file that is short, or that the disk cannot read, is a finding. Reads 1 MiB at a time.
+        """
         try:
-            for start in range(0, self._verified.size, step):
-                self.check_blocks(np.arange(start, min(start + step, self._verified.size)), "data")
+            fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+            try:
+                self._check_file(fd)
+            finally:
+                os.close(fd)
         except CorruptStoreError as error:
             yield str(error)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            yield str(self._damaged(f"the file cannot be read ({error.strerror})"))
+
+    def _check_file(self, fd: int) -> None:
+        count = self._checksums.size
+        end = self.offset + count * BLOCK
+        tail = _read(fd, 8 * count, end)
+        if len(tail) != 8 * count:
+            raise self._damaged(f"the file ends before its {self._nbytes:,} bytes")
+        if digest(tail) != self._expected:
+            raise self._damaged("the checksums are not the ones that were stored")
+        sums = np.frombuffer(tail, np.uint64)
+        step = FRAME // BLOCK
+        for first in range(0, count, step):
+            last = min(first + step, count)
+            data = _read(fd, (last - first) * BLOCK, self.offset + first * BLOCK)
+            if len(data) != (last - first) * BLOCK:
+                raise self._damaged(f"the file ends before its {self._nbytes:,} bytes")
+            wrong = np.flatnonzero(block_checksums(np.frombuffer(data, np.uint8), first) != sums[first:last])
+            if wrong.size:
+                at = self.offset + (first + int(wrong[0])) * BLOCK
+                raise self._damaged(f"bytes {at:,} to {at + BLOCK:,} do not match their checksum")
 
     def release(self, start: int, stop: int) -> None:
         """See :class:`~alaya_hf.storage.db.buffer_manager.Evictable`."""

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import secrets
 from typing import Any
 
 from alaya_hf.errors import RemoteError
@@ -13,7 +16,8 @@ class FsspecStore:
     Parameters
     ----------
     url : str
-        For example ``"s3://bucket/contexts"`` or ``"file:///mnt/share/contexts"``.
+        For example ``"s3://bucket/contexts"`` or ``"file:///mnt/share/contexts"``. What is made under a ``file:`` URL is its
+        owner's alone, folders 0700 and files 0600, as in a local store.
     **options
         As for ``fsspec.core.url_to_fs``: credentials, endpoints.
 
@@ -40,12 +44,12 @@ class FsspecStore:
         """See :meth:`RemoteStore.put`. Written aside and moved where the store has names that appear before they are whole."""
         path = self._path(key)
         if "file" in self._fs.protocol or "local" in self._fs.protocol:
-            import secrets
-
-            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            _make_folders(os.path.dirname(path))
             aside = f"{path}.{secrets.token_hex(8)}"
-            self._fs.pipe_file(aside, value)
-            self._fs.mv(aside, path)
+            fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            with open(fd, "wb") as file:
+                file.write(value)
+            os.replace(aside, path)
         else:
             self._fs.pipe_file(path, value)
 
@@ -62,3 +66,11 @@ class FsspecStore:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _make_folders(path: str) -> None:
+    """A folder and those above it, each for its owner alone: ``os.makedirs`` gives its mode to the last one only."""
+    if path and not os.path.isdir(path):
+        _make_folders(os.path.dirname(path))
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)

@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from alaya_hf.errors import CorruptStoreError
+from alaya_hf.errors import CorruptStoreError, StoreError
 from alaya_hf.storage.db import hashing
 from alaya_hf.storage.db.catalog import Catalog, Chain, Link, NewSegment
 from alaya_hf.storage.db.fingerprint import digest_of
 from alaya_hf.storage.db.folder import Folder
+from alaya_hf.storage.db.parts import read_parts
 from alaya_hf.storage.db.remote.base import RemoteStore
 from alaya_hf.storage.db.vector_file import VectorFile, Written
 from alaya_hf.storage.db.writer import SegmentWriter, layer_name
@@ -36,6 +37,36 @@ CHUNK = 1 << 24
 """Bytes per value."""
 _ID = re.compile(r"[0-9a-f]{32}")
 _MAX_LAYERS = 4096
+
+
+class _RemoteFailed(Exception):
+    """The remote store's own failure, told apart from this machine's."""
+
+
+class _Calls:
+    """The calls to a remote store, whose exceptions say that they are its own."""
+
+    def __init__(self, remote: RemoteStore) -> None:
+        self._remote = remote
+
+    @staticmethod
+    def _ask(call: Callable[..., T], *args: Any) -> T:
+        try:
+            return call(*args)
+        except Exception as error:
+            raise _RemoteFailed(f"{type(error).__name__}: {error}") from error
+
+    def put(self, key: str, value: bytes) -> None:
+        self._ask(self._remote.put, key, value)
+
+    def get(self, key: str) -> bytes | None:
+        return self._ask(self._remote.get, key)
+
+    def exists(self, key: str) -> bool:
+        return self._ask(self._remote.exists, key)
+
+    def close(self) -> None:
+        self._ask(self._remote.close)
 
 
 class RemoteTier:
@@ -56,7 +87,11 @@ class RemoteTier:
     Notes
     -----
     Calls run in a thread of their own, so that a store that hangs costs ``timeout`` once per ``pause``. Failures become
-    warnings: local contexts, or none, are a slower right answer.
+    warnings: local contexts, or none, are a slower right answer. What fails on this machine (its disk, its catalog) is a warning
+    too, but the remote store is asked again.
+
+    A remote store keeps what it was given: deleting a context removes it from the local store only, and the next prompt that
+    begins like it fetches it again.
     """
 
     def __init__(
@@ -68,7 +103,7 @@ class RemoteTier:
         transfer_timeout: float = 300.0,
         pause: float = 60.0,
     ) -> None:
-        self.remote, self.folder, self.catalog = remote, folder, catalog
+        self.remote, self.folder, self.catalog = _Calls(remote), folder, catalog
         self.timeout, self.transfer_timeout, self.pause = timeout, transfer_timeout, pause
         self._until = 0.0
 
@@ -95,19 +130,30 @@ class RemoteTier:
             # Its content is bad, the store itself answers.
             warnings.warn(f"the remote store: {error} It is not used.", RuntimeWarning, stacklevel=4)
             return otherwise
-        except (Exception, TimeoutError) as error:
-            self._until = time.monotonic() + self.pause
-            said = (
-                f"no answer within {timeout:g} s"
-                if isinstance(error, TimeoutError)
-                else f"{type(error).__name__}: {error}"
-            )
-            warnings.warn(
-                f"the remote store failed in {what} ({said}); going on with the local store for {self.pause:g} s.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            return otherwise
+        except (StoreError, OSError) as error:
+            # A time-out of the future, which is an OSError since Python 3.11, is one only while there is no result.
+            if not isinstance(error, TimeoutError) or result.done():
+                warnings.warn(
+                    f"this machine failed in {what} ({type(error).__name__}: {error}); going on with what is stored here.",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+                return otherwise
+            return self._failed(what, f"no answer within {timeout:g} s", otherwise)
+        except TimeoutError:
+            return self._failed(what, f"no answer within {timeout:g} s", otherwise)
+        except Exception as error:
+            said = str(error) if isinstance(error, _RemoteFailed) else f"{type(error).__name__}: {error}"
+            return self._failed(what, said, otherwise)
+
+    def _failed(self, what: str, said: str, otherwise: T) -> T:
+        self._until = time.monotonic() + self.pause
+        warnings.warn(
+            f"the remote store failed in {what} ({said}); going on with the local store for {self.pause:g} s.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        return otherwise
 
     def _marks(self, namespace: str, fields: Mapping[str, str], ids: np.ndarray) -> list[tuple[int, str]]:
         """Positions of a prompt that a stored prefix may be announced at, and their names."""
@@ -165,8 +211,28 @@ class RemoteTier:
 
     # Fetching ---------------------------------------------------------------------------------------------------------
 
-    def fetch(self, namespace: str, fields: Mapping[str, str], ids: np.ndarray, local: Chain) -> bool:
-        """Bring a longer stored prefix of a prompt here than there is; whether there was one."""
+    def fetch(
+        self,
+        namespace: str,
+        fields: Mapping[str, str],
+        ids: np.ndarray,
+        local: Chain,
+        shape: tuple[int, int | None] | None = None,
+    ) -> bool:
+        """Bring a longer stored prefix of a prompt here than there is; whether there was one.
+
+        Parameters
+        ----------
+        namespace : str
+        fields : mapping
+            The model's fingerprint.
+        ids : ndarray
+            ``[n]`` int32, the prompt.
+        local : Chain
+            What is here of it.
+        shape : (int, int or None), optional
+            The model's layers, and KV heads of each if all have as many: content of other shapes is refused.
+        """
         marks = [mark for mark in self._marks(namespace, fields, ids) if mark[0] > local.tokens]
         if not marks or self.catalog.read_only:
             return False
@@ -174,7 +240,7 @@ class RemoteTier:
         if found is None:
             return False
         return self._guarded(
-            self.transfer_timeout, lambda: self._pull(namespace, fields, ids, found), False, "fetching a context"
+            self.transfer_timeout, lambda: self._pull(namespace, fields, ids, found, shape), False, "fetching a context"
         )
 
     def _find(self, marks: list[tuple[int, str]], local: int) -> tuple[int, str] | None:
@@ -207,7 +273,14 @@ class RemoteTier:
             raise CorruptStoreError(f"a mark names a segment {segment!r}, which is none.")
         return best[0], segment
 
-    def _pull(self, namespace: str, fields: Mapping[str, str], ids: np.ndarray, found: tuple[int, str]) -> bool:
+    def _pull(
+        self,
+        namespace: str,
+        fields: Mapping[str, str],
+        ids: np.ndarray,
+        found: tuple[int, str],
+        shape: tuple[int, int | None] | None,
+    ) -> bool:
         stop, segment = found
         manifests: list[tuple[str, dict[str, Any], bytes]] = []
         at: str | None = segment
@@ -224,10 +297,17 @@ class RemoteTier:
             length = end - manifest["start"]
             if not np.array_equal(known[:length], ids[manifest["start"] : end]):
                 return False  # a collision of hashes
+            if shape is not None and len(manifest["files"]) != shape[0]:
+                raise CorruptStoreError(
+                    f"segment {at} has {len(manifest['files'])} layers, but the model has {shape[0]}."
+                )
             manifests.insert(0, (at, manifest, own))
             at, end = manifest["parent"], manifest["start"]
         if end != 0:
             raise CorruptStoreError(f"segment {manifests[0][0]} begins at token {end} without a parent.")
+        for name, _, _ in manifests:
+            if not self._make_way(name):
+                return False  # somebody else is storing, perhaps this very context
         links: list[Link] = []
         whole: list[np.ndarray] = []
         new: list[NewSegment] = []
@@ -243,23 +323,37 @@ class RemoteTier:
                         continue
                     if not last and length < manifest["tokens"]:
                         # Its hashes must be those of its own tokens, which the ones that go on here are not.
-                        self._adopt(namespace, fields, Chain(tuple(links)), new, whole[:-1], name, manifest, own)
+                        self._adopt(namespace, fields, Chain(tuple(links)), new, whole[:-1], name, manifest, own, shape)
                         links += [Link(s.id, s.start, s.tokens) for s in new]
                         links[-1] = Link(name, manifest["start"], length)
                         new = []
                         continue
-                    new.append(self._receive(name, manifest))
+                    new.append(self._receive(name, manifest, shape))
                 self.catalog.commit(namespace, fields, np.concatenate(whole), Chain(tuple(links)), new, None)
             except LookupError:
                 # What it continues was deleted here meanwhile.
-                for segment_of in new:
-                    self.folder.remove_segment(segment_of.id)
+                self._discard(new)
                 return False
             except BaseException:
-                for segment_of in new:
-                    self.folder.remove_segment(segment_of.id)
+                self._discard(new)
                 raise
         return True
+
+    def _make_way(self, segment: str) -> bool:
+        """Remove files that an interrupted fetch left under a segment's name; false if they may be somebody's work."""
+        path = self.folder.segment(segment)
+        if not os.path.lexists(path) or self.catalog.knows(segment):
+            return True
+        with self.folder.sweeper() as alone:
+            if alone and not self.catalog.knows(segment):
+                self.folder.remove_segment(segment)
+        return not os.path.lexists(path) or self.catalog.knows(segment)
+
+    def _discard(self, new: list[NewSegment]) -> None:
+        """Remove the files of what was not committed."""
+        for segment in new:
+            if not self.catalog.knows(segment.id):
+                self.folder.remove_segment(segment.id)
 
     def _adopt(
         self,
@@ -271,14 +365,15 @@ class RemoteTier:
         name: str,
         manifest: dict[str, Any],
         own: bytes,
+        shape: tuple[int, int | None] | None,
     ) -> None:
         """Commit a segment that others branch off, as the context it was."""
-        waiting.append(self._receive(name, manifest))
+        waiting.append(self._receive(name, manifest, shape))
         ids = np.concatenate([*before, np.frombuffer(own, np.int32)])
         self.catalog.commit(namespace, fields, ids, base, waiting, None)
 
-    def _receive(self, segment: str, manifest: dict[str, Any]) -> NewSegment:
-        """Write a segment's files and verify every block of them."""
+    def _receive(self, segment: str, manifest: dict[str, Any], shape: tuple[int, int | None] | None) -> NewSegment:
+        """Write a segment's files, verify every block of them, and that they hold what the manifest says."""
         with SegmentWriter(self.folder, segment, manifest["start"], manifest["tokens"], {}) as writer:
             for file in manifest["files"]:
                 writer.take(file, self._pieces(f"segments/{segment}/{file.layer:04d}", file.nbytes))
@@ -287,8 +382,9 @@ class RemoteTier:
                 for file in manifest["files"]:
                     label = f"a fetched context (segment {segment[:8]}), layer {file.layer}"
                     opened = VectorFile(fd, layer_name(file.layer), file, label)
-                    for problem in opened.damaged_blocks():
+                    for problem in opened.damaged_blocks(fd, layer_name(file.layer)):
                         raise CorruptStoreError(problem)
+                    _check_content(opened, manifest, shape)
                     about = opened.metadata
                     if (about.get("segment"), about.get("layer")) != (segment, str(file.layer)):
                         raise CorruptStoreError(f"{label}: the file belongs to segment {about.get('segment')!r}.")
@@ -310,6 +406,27 @@ def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
             yield chunk
+
+
+def _check_content(file: VectorFile, manifest: dict[str, Any], shape: tuple[int, int | None] | None) -> None:
+    """Refuse a fetched file, whole as it may be, that holds something else than its segment."""
+    kv, tokens, about = file.tensors["kv"], manifest["tokens"], file.metadata
+    try:
+        given = (str(kv.dtype).removeprefix("torch."), int(about["start"]), int(about["tokens"]))
+        read_parts(about["parts"], tokens)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptStoreError(f"{file.label}: the header cannot be used ({error}).") from error
+    heads = None if shape is None else shape[1]
+    if (
+        given != (manifest["dtype"], manifest["start"], tokens)
+        or kv.ndim != 4
+        or kv.shape[1:3] != (tokens, 2)
+        or (heads is not None and kv.shape[0] != heads)
+    ):
+        raise CorruptStoreError(
+            f"{file.label}: keys and values are {given[0]} {tuple(kv.shape)} from token {given[1]} on, instead of "
+            f"{manifest['dtype']} [{'heads' if heads is None else heads}, {tokens}, 2, head_dim] from {manifest['start']} on."
+        )
 
 
 def _manifest(value: bytes, segment: str) -> dict[str, Any]:
