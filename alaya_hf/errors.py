@@ -79,3 +79,15 @@ class DiskFullError(StoreError, OSError):
 
 class RemoteError(StoreError):
     """A remote store failed or took too long; local contexts go on being served."""
+
+
+class PoolFullError(AlayaError, MemoryError):
+    """A KV pool has too little free memory, or no place for a sequence that long; the pool is as it was."""
+
+
+class UnknownSequenceError(AlayaError):
+    """A KV pool holds no sequence under this number: it was freed, or belongs to another pool."""
+
+
+class UnavailableError(AlayaError, RuntimeError):
+    """This system lacks what was asked for: a package, a device or a feature of the operating system."""

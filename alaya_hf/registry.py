@@ -91,3 +91,4 @@ class Registry(Generic[T]):
 QUERIES: Registry[Any] = Registry("query")
 INDEXES: Registry[Any] = Registry("index")
 RESIDUALS: Registry[Any] = Registry("residual")
+ALLOCATORS: Registry[Any] = Registry("allocator")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from alaya_hf.storage.runs import FreeRuns
 
 SMALL, LARGE = 1 << 12, 1 << 21
 """Sizes and addresses are multiples of `SMALL` bytes (a page), those of blocks from `LARGE` bytes on of `LARGE` (a huge page)."""
@@ -18,17 +18,12 @@ class BlockAllocator:
     """Which bytes of which region are taken. Knows addresses only and touches no memory.
 
     Blocks never span two regions, not even neighbouring ones: each region is registered with CUDA by itself.
-
-    Notes
-    -----
-    Best fit over a list of free blocks in the order of their addresses, immediate coalescing (Knuth, TAOCP 1, 2.5). Both
-    operations are linear in the number of free blocks: a store asks for few and large ones.
     """
 
     def __init__(self) -> None:
         self._regions: dict[int, int] = {}  # start -> size
-        self._free: list[tuple[int, int, int]] = []  # start, size, region; in the order of starts
-        self._taken: dict[int, tuple[int, int]] = {}  # start -> size, region
+        self._free = FreeRuns()
+        self._taken: dict[int, int] = {}  # start -> size
         self.used = 0
 
     @property
@@ -39,12 +34,12 @@ class BlockAllocator:
     @property
     def largest(self) -> int:
         """Bytes of the largest free block."""
-        return max((size for _, size, _ in self._free), default=0)
+        return self._free.largest
 
     @property
     def idle(self) -> list[int]:
         """Starts of the regions of which nothing is taken."""
-        return [start for start, size, region in self._free if start == region and size == self._regions[region]]
+        return [start for start, size in self._regions.items() if self._free.length(start) == size]
 
     def add(self, start: int, size: int) -> None:
         """Take a region in.
@@ -65,7 +60,7 @@ class BlockAllocator:
         if any(start < other + length and other < start + size for other, length in self._regions.items()):
             raise ValueError(f"expected a region beside the others, got one at {start:#x} that overlaps")
         self._regions[start] = size
-        insort(self._free, (start, size, start))
+        self._free.add(start, size)
 
     def remove(self, region: int) -> int:
         """Let go of an idle region; returns its bytes.
@@ -77,29 +72,17 @@ class BlockAllocator:
         """
         if region not in self.idle:
             raise ValueError(f"expected a region of which nothing is taken, got {region:#x}")
-        size = self._regions.pop(region)
-        self._free.remove((region, size, region))
-        return size
+        del self._regions[region]
+        return self._free.remove(region)
 
     def allocate(self, size: int) -> int | None:
         """The address of a block of :func:`block_bytes` (`size`) bytes; None if no free block is large enough."""
         size = block_bytes(size)
-        unit = SMALL if size < LARGE else LARGE
-        best: tuple[int, int] | None = None  # bytes, place in the list
-        for place, (start, length, _) in enumerate(self._free):
-            if -(-start // unit) * unit + size <= start + length and (best is None or length < best[0]):
-                best = (length, place)
-        if best is None:
-            return None
-        start, length, region = self._free.pop(best[1])
-        begin = -(-start // unit) * unit
-        # Before and behind: what alignment and size leave over.
-        for left, right in ((start, begin), (begin + size, start + length)):
-            if left < right:
-                insort(self._free, (left, right - left, region))
-        self._taken[begin] = (size, region)
-        self.used += size
-        return begin
+        start = self._free.take(size, SMALL if size < LARGE else LARGE)
+        if start is not None:
+            self._taken[start] = size
+            self.used += size
+        return start
 
     def free(self, start: int) -> None:
         """Give a block back.
@@ -111,14 +94,6 @@ class BlockAllocator:
         """
         if start not in self._taken:
             raise ValueError(f"expected the address of a taken block, got {start:#x}")
-        size, region = self._taken.pop(start)
+        size = self._taken.pop(start)
         self.used -= size
-        place = bisect_left(self._free, (start, 0, 0))
-        if place < len(self._free) and self._free[place][0] == start + size and self._free[place][2] == region:
-            size += self._free.pop(place)[1]
-        if place > 0:
-            before, length, owner = self._free[place - 1]
-            if before + length == start and owner == region:
-                start, size = before, length + size
-                self._free.pop(place - 1)
-        insort(self._free, (start, size, region))
+        self._free.give(start, size)

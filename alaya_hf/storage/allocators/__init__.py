@@ -1,0 +1,23 @@
+"""How memory for keys and values is handed out: the published strategies behind one protocol."""
+
+from alaya_hf.storage.allocators.base import Allocator, AllocatorStats, Extents, KVPool, TokenRun
+from alaya_hf.storage.allocators.contiguous import Contiguous
+from alaya_hf.storage.allocators.dynamic import Dynamic
+from alaya_hf.storage.allocators.paged import Paged
+from alaya_hf.storage.allocators.segment import Segmented
+from alaya_hf.storage.allocators.shape import KVShape
+from alaya_hf.storage.allocators.virtual import Virtual
+
+__all__ = [
+    "Allocator",
+    "AllocatorStats",
+    "Contiguous",
+    "Dynamic",
+    "Extents",
+    "KVPool",
+    "KVShape",
+    "Paged",
+    "Segmented",
+    "TokenRun",
+    "Virtual",
+]
