@@ -53,3 +53,32 @@ def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def allocation(series: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
+    """Reserved bytes, the share of them that no token needs, and fragmentation over a trace, one line per allocator.
+
+    Points have ``event``, ``needed``, ``reserved`` (GiB) and ``fragmentation``.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(17, 4.6))
+    for name, points in series.items():
+        x = [point["event"] for point in points]
+        axes[0].semilogy(x, [point["reserved"] for point in points], label=name, linewidth=1.2)
+        axes[1].plot(x, [100 * (1 - point["needed"] / point["reserved"]) for point in points], linewidth=1.2)
+        axes[2].plot(x, [point["fragmentation"] for point in points], linewidth=1.2)
+    longest = max(series.values(), key=len)
+    axes[0].semilogy([p["event"] for p in longest], [p["needed"] for p in longest], "k--", label="needed", linewidth=1)
+    titles = ("reserved (GiB)", "reserved beyond what is needed (%)", "1 - largest free run / free bytes")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("event of the trace")
+        axis.grid(True, alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

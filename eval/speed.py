@@ -24,6 +24,7 @@ from eval.environment import describe
 from eval.models import load
 from eval.plots import loglog
 from eval.report import markdown, write_csv
+from eval.speed_alloc import alloc
 from eval.speed_model import model
 from eval.speed_prefill import prefill
 from eval.speed_reuse import reuse
@@ -38,6 +39,7 @@ except ImportError:  # no Triton on this system
 else:
     app.command()(kernel)
 app.command()(model)
+app.command()(alloc)
 app.command()(prefill)
 
 

@@ -17,8 +17,8 @@ from alaya_hf.errors import PoolFullError, UnavailableError
 from alaya_hf.storage.allocators.pages import Pages, check_page
 from alaya_hf.storage.memory import check_host_memory
 
-# Linux' values, the same on every architecture that torch has wheels for; Python's mmap does not name the first two.
-_FIXED, _NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
+# Linux' values, the same on every architecture that torch has wheels for; Python's mmap does not name all of them.
+_FIXED, _NORESERVE, _POPULATE, _PROT_NONE = 0x10, 0x4000, 0x8000, 0
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -95,13 +95,14 @@ class HostPages(Pages):
         del self._reservations[address]
 
     def map(self, address: int, pages: Sequence[int]) -> None:
-        """See :meth:`Pages.map`. One system call per run of pages with consecutive numbers."""
-        begin, access = 0, mmap.PROT_READ | mmap.PROT_WRITE
+        """See :meth:`Pages.map`. One system call per run of pages with consecutive numbers, which also makes them: a kernel
+        that reads through finds no page missing."""
+        begin, access, flags = 0, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _FIXED | _POPULATE
         try:
             for place in range(1, len(pages) + 1):
                 if place == len(pages) or pages[place] != pages[place - 1] + 1:
                     target, size = address + begin * self.page, (place - begin) * self.page
-                    _map(target, size, access, mmap.MAP_SHARED | _FIXED, self._file, pages[begin] * self.page)
+                    _map(target, size, access, flags, self._file, pages[begin] * self.page)
                     begin = place
         except PoolFullError:
             self.unmap(address, begin)
@@ -114,7 +115,7 @@ class HostPages(Pages):
             _map(address, count * self.page, _PROT_NONE, flags, -1, 0)
 
     def _make(self, page: int) -> None:
-        """The file makes its pages when they are touched."""
+        """The file makes its pages when they are mapped."""
 
     def _drop(self, page: int) -> None:
         _libc().fallocate(self._file, _KEEP_SIZE | _PUNCH_HOLE, page * self.page, self.page)
