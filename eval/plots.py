@@ -55,10 +55,10 @@ def curves(rows: Sequence[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def allocation(series: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
-    """Reserved bytes, the share of them that no token needs, and fragmentation over a trace, one line per allocator.
+def allocation(points: Sequence[dict[str, Any]], path: Path) -> None:
+    """Reserved bytes and the share of them that no token needs, with room for all; fragmentation in the tight pool.
 
-    Points have ``event``, ``needed``, ``reserved`` (GiB) and ``fragmentation``.
+    Points have ``allocator``, ``pool`` (``ample`` or ``tight``), ``event``, ``needed``, ``reserved`` (GiB) and ``fragmentation``.
     """
     import matplotlib
 
@@ -66,14 +66,16 @@ def allocation(series: dict[str, Sequence[dict[str, Any]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(17, 4.6))
-    for name, points in series.items():
-        x = [point["event"] for point in points]
-        axes[0].semilogy(x, [point["reserved"] for point in points], label=name, linewidth=1.2)
-        axes[1].plot(x, [100 * (1 - point["needed"] / point["reserved"]) for point in points], linewidth=1.2)
-        axes[2].plot(x, [point["fragmentation"] for point in points], linewidth=1.2)
-    longest = max(series.values(), key=len)
-    axes[0].semilogy([p["event"] for p in longest], [p["needed"] for p in longest], "k--", label="needed", linewidth=1)
-    titles = ("reserved (GiB)", "reserved beyond what is needed (%)", "1 - largest free run / free bytes")
+    for name in dict.fromkeys(point["allocator"] for point in points):
+        ample, tight = (
+            [p for p in points if (p["allocator"], p["pool"]) == (name, pool)] for pool in ("ample", "tight")
+        )
+        x = [point["event"] for point in ample]
+        axes[0].semilogy(x, [point["reserved"] for point in ample], label=name, linewidth=1.2)
+        axes[1].plot(x, [100 * (1 - point["needed"] / point["reserved"]) for point in ample], linewidth=1.2)
+        axes[2].plot([p["event"] for p in tight], [p["fragmentation"] for p in tight], linewidth=1.2)
+    axes[0].semilogy(x, [point["needed"] for point in ample], "k--", label="needed", linewidth=1)
+    titles = ("reserved (GiB), room for all", "of it not needed (%)", "tight pool: 1 - largest free run / free bytes")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title)
         axis.set_xlabel("event of the trace")

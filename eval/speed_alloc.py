@@ -200,24 +200,26 @@ def alloc(
     # Answers and questions come on top of a document of the longest kind.
     reserve = longest + 1024
     tables: dict[str, list[dict[str, Any]]] = {"memory": [], "pressure": [], "times": [], "transfers": []}
-    series: dict[str, list[Any]] = {}
+    points: list[dict[str, Any]] = []
     for name in track(names, "allocators"):
-        row, _ = _memory(name, events, most, reserve, live)
+        row, ample = _memory(name, events, most, reserve, live)
         tables["memory"].append(row)
-        row, series[name] = _pressure(name, events, int(room * most) * LLAMA.token_bytes, reserve)
+        row, tight = _pressure(name, events, int(room * most) * LLAMA.token_bytes, reserve)
         tables["pressure"].append(row)
+        for pool, found in (("ample", ample), ("tight", tight)):
+            points += [{"allocator": name, "pool": pool, **point} for point in found]
         tables["times"].append(_times(name, events, tables["memory"][-1]["peak GiB"], reserve))
         if transfer_tokens:
             tables["transfers"] += _transfers(name, transfer_tokens, repeats)
     if transfer_tokens:
         tables["transfers"].append(_memcpy(transfer_tokens, repeats))
-    text = _write(tables, series, events, lengths, output)
+    text = _write(tables, points, events, lengths, output)
     typer.echo(text)
 
 
 def _write(
     tables: dict[str, list[dict[str, Any]]],
-    series: dict[str, list[Any]],
+    points: Sequence[dict[str, Any]],
     events: Sequence[Event],
     lengths: Sequence[int],
     output: Path,
@@ -234,6 +236,7 @@ def _write(
         if rows:
             write_csv(output / f"{name}.csv", rows)
             text += f"\n{name}\n\n{markdown(rows)}\n"
-    allocation({name: points for name, points in series.items() if points}, output / "alloc.png")
+    write_csv(output / "series.csv", points)
+    allocation(points, output / "alloc.png")
     (output / "alloc.md").write_text(text, encoding="utf-8")
     return text
