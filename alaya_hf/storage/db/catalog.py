@@ -401,10 +401,12 @@ class Catalog:
         trunk = best
         within: tuple[int, str, int, int] | None = None
         further: list[tuple[str, int, int]] = []
-        for segment, start, live, first, branches in children.fetchall():
-            known = np.frombuffer(first, np.int32)[:live]
-            equal = _equal(known, ids[start : start + self.block])
-            if equal and (equal == known.size or branches):
+        rows = children.fetchall()
+        equals = _leading(
+            [first[: 4 * live] for _, _, live, first, _ in rows], [row[1] for row in rows], ids, self.block
+        )
+        for (segment, start, live, _, branches), equal in zip(rows, equals, strict=True):
+            if equal and (equal == min(live, self.block) or branches):
                 further.append((segment, start, equal))
             elif equal and (within is None or start + equal > within[0]):
                 within = (start + equal, segment, start, equal)
@@ -826,3 +828,12 @@ def _equal(a: np.ndarray, b: np.ndarray) -> int:
     count = min(a.size, b.size)
     different = np.flatnonzero(a[:count] != b[:count])
     return int(different[0]) if different.size else count
+
+
+def _leading(firsts: list[bytes], starts: list[int], ids: np.ndarray, block: int) -> list[int]:
+    """How many leading tokens of each first block agree with a prompt from a position of its own on."""
+    known = np.frombuffer(b"".join(first.ljust(4 * block, b"\xff") for first in firsts), np.int32).reshape(-1, block)
+    padded = np.concatenate([ids, np.full(block, -2, np.int32)])
+    different = known != padded[np.asarray(starts, np.int64)[:, None] + np.arange(block)]
+    equals: list[int] = np.where(different.any(axis=1), different.argmax(axis=1), block).tolist()
+    return equals
