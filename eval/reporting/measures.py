@@ -155,12 +155,12 @@ def headline(rows: Iterable[Row]) -> tuple[dict[str, Measure], list[str]]:
     Raises
     ------
     ResultsError
-        If a row lacks its task's headline metric.
+        If a row with metrics lacks its task's headline metric. Rows without any are of systems that did not answer.
     """
     declared = _declared()
     found: dict[str, Measure] = {}
     notes = []
-    rows = list(rows)
+    rows = [row for row in rows if row.metrics]
     for row in rows:
         if row.task in found:
             continue

@@ -275,6 +275,7 @@ def _headline(results: Results, metrics: dict[str, Measure], tables: Tables) -> 
         return None
     cells = {(row["model"], row["length"], row["task"], row["system"]): row for row in tables.headline}
     totals = {(row["model"], row["length"], row["system"]): row for row in tables.overall}
+    ran = results.cells()
     sheets = []
     for model in results.models:
         for length in results.lengths(model):
@@ -295,7 +296,8 @@ def _headline(results: Results, metrics: dict[str, Measure], tables: Tables) -> 
                     line.append(_total(totals.get((model, length, system)), system))
                 for task in tasks:
                     row = cells.get((model, length, task, system))
-                    line.append(Cell("–", note="not run") if row is None else _score(row, metrics[task], most[task]))
+                    missing = "no answers" if (model, length, task, system) in ran else "not run"
+                    line.append(Cell("–", note=missing) if row is None else _score(row, metrics[task], most[task]))
                 body.append(line)
             sheets.append(Sheet(f"{model}, {formatting.length(length)} tokens", heads, body))
     reading = (

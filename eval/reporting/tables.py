@@ -31,7 +31,8 @@ def headline_table(results: Results, metrics: dict[str, Measure]) -> Table:
     for (model, length, task, system), found in cells.items():
         measure = metrics[task]
         mean = mean_of(found, measure)
-        assert mean is not None
+        if mean is None:  # answers were not completed
+            continue
         reference = cells.get((model, length, task, FULL), [])
         gap = difference(found, reference, measure) if system != FULL and reference else None
         rows.append(
@@ -55,7 +56,7 @@ def average(rows: Sequence[Row], metrics: dict[str, Measure]) -> Estimate | None
     """Mean over tasks scored in points of the mean score, each task counting once."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
-        if metrics[row.task].kind == "points":
+        if row.metrics and metrics[row.task].kind == "points":
             groups[row.task].append(row)
     if not groups:
         return None
