@@ -120,6 +120,7 @@ def test_case_out_of_host_memory_the_layer_goes_on_without_the_pass(monkeypatch)
     assert pool.trim() == pool.stats.peak and pool.stats.held == 0
 
 
+@inside
 def test_case_hot_set(tight):
     cases.check_hot_set("cpu", 2, rows=1, kv_heads=1)
 

@@ -91,6 +91,7 @@ def test_case_every_operator_once(check):
         check(each)
 
 
+@inside
 @pytest.mark.parametrize("store", [torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2], SHAPES[3]], ids=lambda shape: str(shape[0]))
 def test_case_eight_bit_store(shape, store):
