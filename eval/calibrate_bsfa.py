@@ -83,12 +83,14 @@ def calibrate(model: Any, texts: Sequence[Sequence[int]], ks: Sequence[int], nam
 
     Notes
     -----
-    BSFA (arXiv 2512.07011): 16 texts, k in {16, 32, 64, 96, 128} for the paper. Deterministic. Cost: a prefill and the products of
-    queries and keys once more, each text in one pass; float32 scores of 128 queries of all heads at a time.
+    BSFA (arXiv 2512.07011): 16 texts, k in {16, 32, 64, 96, 128} for the paper. Deterministic. Cost: a prefill and the
+    products of queries and keys once more, each text in one pass; float32 scores of 128 queries of all heads at a time.
     """
     lengths = {len(text) for text in texts}
     if len(lengths) != 1:
-        raise ValueError(f"expected texts of one length, got lengths {sorted(lengths) or 'of no text'}. Cut them alike.")
+        raise ValueError(
+            f"expected texts of one length, got lengths {sorted(lengths) or 'of no text'}. Cut them alike."
+        )
     shape = model_shape(model.config.get_text_config(decoder=True))
     blocks = -(-lengths.pop() // Q_TILE)
     sums = {k: torch.zeros(shape["layers"], shape["heads"], blocks) for k in ks}
@@ -109,9 +111,13 @@ def calibrate(model: Any, texts: Sequence[Sequence[int]], ks: Sequence[int], nam
 def calibrate_bsfa(
     model: Annotated[str, typer.Option(help="'smollm2' or a model name or path.")] = "smollm2",
     data_dir: Annotated[Path, typer.Option(help="Folder with cuad.jsonl.gz.")] = Path("../shared/legal"),
-    tokens: Annotated[int, typer.Option(help="The longest context in use: shorter ones are served, longer ones not.")] = 4096,
+    tokens: Annotated[
+        int, typer.Option(help="The longest context in use: shorter ones are served, longer ones not.")
+    ] = 4096,
     texts: Annotated[int, typer.Option(help="Contracts, the first of CUAD that are long enough.")] = 16,
-    k: Annotated[str, typer.Option(help="Tiles of 64 keys to keep per 128 queries and head, one file each.")] = "16,32,64,96,128",
+    k: Annotated[
+        str, typer.Option(help="Tiles of 64 keys to keep per 128 queries and head, one file each.")
+    ] = "16,32,64,96,128",
     device: Annotated[str, typer.Option(help="'cpu' or a CUDA device.")] = "cpu",
     output: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("results/bsfa"),
 ) -> None:

@@ -106,7 +106,9 @@ def sparse_prefill(
             typer.echo(f"{done}: {results[name].row(name)}", err=True)
         rows = [outcome.row(name) for name, outcome in results.items()]
         write_csv(output / "sparse-prefill.csv", rows)
-        title = f"{model}, {done} contracts of {tokens} tokens in chunks of {chunk}, the last {last} predictions of each"
+        title = (
+            f"{model}, {done} contracts of {tokens} tokens in chunks of {chunk}, the last {last} predictions of each"
+        )
         text = f"{describe()}\n\n{title}\n\n{markdown(rows)}\n"
         (output / "sparse-prefill.md").write_text(text, encoding="utf-8")
     typer.echo(text)

@@ -64,3 +64,8 @@ def test_case_poisoned_outputs(case):
 @inside
 def test_case_maxima(case):
     checks.check_maxima(case)
+
+
+@inside
+def test_case_operator():
+    checks.check_operator(checks.Case(*SHAPES[0]))

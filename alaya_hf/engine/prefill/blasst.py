@@ -32,8 +32,9 @@ class BLASST(Prefill):
     Notes
     -----
     BLASST (arXiv 2512.12087): the rule ``rowmax(tile) - running maximum < ln(lam)`` for all rows, and ``lam`` inversely
-    proportional to the length. The running maximum is carried through the blocks of an offloaded prefix. The chunk itself and the
-    window come first here, the paper goes from left to right: either keeps what the rule says, this one skips more.
+    proportional to the length. The running maximum is carried through the blocks of an offloaded prefix. The chunk
+    itself and the window come first here, the paper goes from left to right: either keeps what the rule says, this one
+    skips more.
     """
 
     lam: float | None = None
@@ -51,7 +52,9 @@ class BLASST(Prefill):
 
     def margin(self, tokens: int) -> float:
         """``ln(lam)`` for a query that sees so many tokens."""
-        lam = min(1.0, self.scale / max(1, tokens)) if self.scale is not None else 1e-3 if self.lam is None else self.lam
+        lam = (
+            min(1.0, self.scale / max(1, tokens)) if self.scale is not None else 1e-3 if self.lam is None else self.lam
+        )
         return math.log(lam) if lam > 0 else -math.inf
 
     def begin(self, chunk: Chunk) -> TilePass:
@@ -59,6 +62,10 @@ class BLASST(Prefill):
         heads = chunk.q.shape[1]
 
         def limits(places: list[int]) -> torch.Tensor:
-            return torch.tensor([self.margin(place + 1) / chunk.scaling for place in places]).expand(heads, -1).contiguous()
+            return (
+                torch.tensor([self.margin(place + 1) / chunk.scaling for place in places])
+                .expand(heads, -1)
+                .contiguous()
+            )
 
         return TilePass(chunk, limits, relative=True)

@@ -28,12 +28,14 @@ class BSFA(Prefill):
     Raises
     ------
     ConfigError
-        Without a path; when the file is read, at the first pass, for a file that is missing, malformed or of another model.
+        Without a path; when the file is read, at the first pass, for a file that is missing, malformed or of another
+        model.
 
     Notes
     -----
-    BSFA (arXiv 2512.07011). A threshold depends on what lies before its block of 128 queries and not on what follows: a file
-    calibrated at a length serves every shorter one as if it had been calibrated there. Tokens beyond its length are refused.
+    BSFA (arXiv 2512.07011). A threshold depends on what lies before its block of 128 queries and not on what follows: a
+    file calibrated at a length serves every shorter one as if it had been calibrated there. Tokens beyond its length
+    are refused.
     """
 
     thresholds: str = ""
@@ -41,8 +43,8 @@ class BSFA(Prefill):
     def __post_init__(self) -> None:
         if not isinstance(self.thresholds, str) or not self.thresholds:
             raise ConfigError(
-                f"prefill 'bsfa' needs thresholds, the path of a file, but got {self.thresholds!r}. Make one with `python -m eval "
-                "calibrate-bsfa`, or use prefill='blasst', which needs none."
+                f"prefill 'bsfa' needs thresholds, the path of a file, but got {self.thresholds!r}. Make one with "
+                "`python -m eval calibrate-bsfa`, or use prefill='blasst', which needs none."
             )
 
     def check_model(self, config: Any) -> None:

@@ -35,9 +35,7 @@ class ExactPass(PrefillPass):
         """See :meth:`PrefillPass.window`."""
         keys, values, mask = window.view()
         mask = None if mask is None else mask[:, None, None, :]
-        return exact_attention(
-            self.chunk.q, keys, values, self.chunk.scaling, mask=mask, softcap=self.chunk.softcap
-        )
+        return exact_attention(self.chunk.q, keys, values, self.chunk.scaling, mask=mask, softcap=self.chunk.softcap)
 
     def block(self, row: int, k: Tensor, v: Tensor) -> Partial:
         """See :meth:`PrefillPass.block`."""

@@ -25,8 +25,8 @@ class Retrieval(Prefill):
     Parameters
     ----------
     tokens : int
-        Offloaded tokens that each block of queries attends to per KV head, in whole blocks; a shorter prefix is attended to as a
-        whole.
+        Offloaded tokens that each block of queries attends to per KV head, in whole blocks; a shorter prefix is
+        attended to as a whole.
     block : int
         Tokens of a block.
     queries : int
@@ -34,12 +34,12 @@ class Retrieval(Prefill):
 
     Notes
     -----
-    The cost of a chunk grows with its length and hardly with that of the context: scores of block means, instead of scores of keys.
-    A prompt that comes in one pass has no offloaded prefix: use ``generate``'s ``prefill_chunk_size``, or nothing is saved. Chunked
-    encoding by retrieved blocks is InfLLM's (arXiv 2402.04617, section 3; one lookup per 512 tokens, scores summed over the chunk's
-    queries); mean keys stand for blocks as in MInference's block-sparse estimate (arXiv 2407.02490, section 3.2). The query heads of
-    a KV head retrieve together: blocks are ordered by the mean over the group of the softmax of their scores, after NSA (arXiv
-    2502.11089, section 3.3).
+    The cost of a chunk grows with its length and hardly with that of the context: scores of block means, instead of
+    scores of keys. A prompt that comes in one pass has no offloaded prefix: use ``generate``'s ``prefill_chunk_size``,
+    or nothing is saved. Chunked encoding by retrieved blocks is InfLLM's (arXiv 2402.04617, section 3; one lookup per
+    512 tokens, scores summed over the chunk's queries); mean keys stand for blocks as in MInference's block-sparse
+    estimate (arXiv 2407.02490, section 3.2). The query heads of a KV head retrieve together: blocks are ordered by the
+    mean over the group of the softmax of their scores, after NSA (arXiv 2502.11089, section 3.3).
     """
 
     tokens: int = 4096
@@ -54,8 +54,8 @@ class Retrieval(Prefill):
         """See :meth:`Prefill.check`."""
         if engine != "host":
             raise ConfigError(
-                f"prefill 'retrieval' needs engine='host', but got engine={engine!r}. Use prefill 'blasst' or 'bsfa', or the host "
-                "engine."
+                f"prefill 'retrieval' needs engine='host', but got engine={engine!r}. Use prefill 'blasst' or 'bsfa', or "
+                "the host engine."
             )
 
     def begin(self, chunk: Chunk) -> RetrievalPass:
@@ -124,7 +124,11 @@ class RetrievalPass(ExactPass):
             kv = kv.to(chunk.q.device, chunk.q.dtype)[None, None]
             heads = slice(kv_head * group, (kv_head + 1) * group)
             attended = exact_attention(
-                chunk.q[row : row + 1, heads, part], kv[:, :, :, 0], kv[:, :, :, 1], chunk.scaling, softcap=chunk.softcap
+                chunk.q[row : row + 1, heads, part],
+                kv[:, :, :, 0],
+                kv[:, :, :, 1],
+                chunk.scaling,
+                softcap=chunk.softcap,
             )
             total.out[row, heads, part], total.lse[row, heads, part] = attended.out[0], attended.lse[0]
         return moved

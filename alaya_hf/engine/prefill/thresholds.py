@@ -120,7 +120,11 @@ def _load(path: str, modified: int, size: int) -> Thresholds:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"its format is {metadata.get('format')!r}")
         shape, about = json.loads(metadata["shape"]), json.loads(metadata["about"])
-        if table.dtype != torch.float32 or table.shape[:2] != (shape["layers"], shape["heads"]) or bool(table.isnan().any()):
+        if (
+            table.dtype != torch.float32
+            or table.shape[:2] != (shape["layers"], shape["heads"])
+            or bool(table.isnan().any())
+        ):
             raise ValueError(f"its table is {list(table.shape)} {table.dtype}")
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(

@@ -21,8 +21,8 @@ class TilePass(PrefillPass):
     ----------
     chunk : Chunk
     limits : callable
-        From the positions of the query tiles' first tokens in their context (list of int) to limits ``[heads, q_tiles]``
-        float32 in scores.
+        From the positions of the query tiles' first tokens in their context (list of int) to limits ``[heads,
+        q_tiles]`` float32 in scores.
     relative : bool
         See :class:`~alaya_hf.kernels.sparse_prefill.TileRule`.
 
@@ -33,9 +33,9 @@ class TilePass(PrefillPass):
 
     Notes
     -----
-    A tile is 128 consecutive new tokens of a row, without its padding, by 64 consecutive earlier ones of one part of the context
-    (new tokens, window, an offloaded block). Chunks and blocks that begin elsewhere cut other tiles and so skip a little
-    differently. A tile shorter than that, at the end of a chunk, is a tile.
+    A tile is 128 consecutive new tokens of a row, without its padding, by 64 consecutive earlier ones of one part of
+    the context (new tokens, window, an offloaded block). Chunks and blocks that begin elsewhere cut other tiles and so
+    skip a little differently. A tile shorter than that, at the end of a chunk, is a tile.
     """
 
     def __init__(self, chunk: Chunk, limits: Callable[[list[int]], Tensor], relative: bool) -> None:

@@ -21,23 +21,25 @@ def sparse_attention(
 ) -> SparsePartial:
     """Attention in tiles of 128 queries and 64 keys that leaves out the off-diagonal tiles a rule names.
 
-    Every tile's scores are exact; a skipped tile costs no exponentials, no values and no second product, and its keys are missing
-    from the denominator.
+    Every tile's scores are exact; a skipped tile costs no exponentials, no values and no second product, and its keys
+    are missing from the denominator.
 
     Parameters
     ----------
     q : Tensor
         ``[batch, heads, m, head_dim]``.
     k, v : Tensor
-        ``[batch, kv_heads, n, head_dim]`` on the same device; query head ``h`` reads KV head ``h // group``. No row may be padded.
+        ``[batch, kv_heads, n, head_dim]`` on the same device; query head ``h`` reads KV head ``h // group``. No row may
+        be padded.
     rule : TileRule
     scaling : float
         Factor from scores to logits, positive.
     causal : bool
-        Bottom-right aligned: the last query sees all keys. Otherwise every query sees every key, as a chunk sees its prefix.
+        Bottom-right aligned: the last query sees all keys. Otherwise every query sees every key, as a chunk sees its
+        prefix.
     top : Tensor, optional
-        ``[batch, heads, m]`` float32, contiguous: each query's largest score so far, ``-inf`` at first. Read and raised by
-        relative rules, so that a context may come in blocks. Required for those.
+        ``[batch, heads, m]`` float32, contiguous: each query's largest score so far, ``-inf`` at first. Read and raised
+        by relative rules, so that a context may come in blocks. Required for those.
     with_map : bool
         Also say which tiles were skipped: 1 byte a tile.
 
@@ -53,10 +55,11 @@ def sparse_attention(
 
     Notes
     -----
-    Tiles are counted from the first query and the first key given. Diagonal tiles come first, then the others from left to right:
-    the tiles that hold a query's neighbours and the first tokens, which usually have its largest scores, are seen before any
-    relative rule has to decide. FlashAttention's order is left to right only; a rule's guarantee holds in any order. CUDA tensors in
-    float16 or bfloat16 go to the Triton kernel, all others to plain torch, where skipping saves no time.
+    Tiles are counted from the first query and the first key given. Diagonal tiles come first, then the others from left
+    to right: the tiles that hold a query's neighbours and the first tokens, which usually have its largest scores, are
+    seen before any relative rule has to decide. FlashAttention's order is left to right only; a rule's guarantee holds
+    in any order. CUDA tensors in float16 or bfloat16 go to the Triton kernel, all others to plain torch, where skipping
+    saves no time.
     """
     heads, kv_heads = q.shape[1], k.shape[1]
     wanted = (heads, tile_counts(q.shape[2], k.shape[2])[0])
@@ -71,7 +74,9 @@ def sparse_attention(
             f"{rule.limits.device}"
         )
     if rule.relative and (top is None or top.shape != q.shape[:3] or top.dtype != torch.float32):
-        raise ValueError(f"a relative rule needs top {list(q.shape[:3])} float32, got {None if top is None else top.shape}")
+        raise ValueError(
+            f"a relative rule needs top {list(q.shape[:3])} float32, got {None if top is None else top.shape}"
+        )
     if not rule.relative:
         top = None
     half = q.dtype == k.dtype == v.dtype and q.dtype in (torch.float16, torch.bfloat16)

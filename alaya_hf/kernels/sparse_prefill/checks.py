@@ -1,7 +1,7 @@
 """What tile-skipping attention must do, on any device: kernel against reference, both against dense attention.
 
-Scores are small integers here, exact in every precision and order of addition, so that the tiles skipped have to be the same ones.
-They assert, so they say nothing under ``python -O``.
+Scores are small integers here, exact in every precision and order of addition, so that the tiles skipped have to be the
+same ones. They assert, so they say nothing under ``python -O``.
 """
 
 from __future__ import annotations
@@ -103,7 +103,11 @@ def naive_map(case: Case, q: Tensor, k: Tensor, rule: TileRule) -> Tensor:
                 full, end = span(i, case.m, case.n, case.causal)
                 block = scores[b, head, i * Q_TILE : (i + 1) * Q_TILE]
                 limit = float(rule.limits[head, i])
-                running = block[:, full * K_TILE : end * K_TILE].amax(1) if end > full else torch.full((len(block),), -math.inf)
+                running = (
+                    block[:, full * K_TILE : end * K_TILE].amax(1)
+                    if end > full
+                    else torch.full((len(block),), -math.inf)
+                )
                 for j in range(full):
                     best = block[:, j * K_TILE : (j + 1) * K_TILE].amax(1)
                     skip = bool((best < running + limit).all()) if rule.relative else float(best.max()) < limit
@@ -164,14 +168,16 @@ def check_nothing_skipped(case: Case, relative: bool) -> None:
 
 
 def check_blocks(case: Case, relative: bool) -> None:
-    """A context that comes in blocks, the diagonal first: kernel and reference agree block by block, the merge is what is left."""
+    """A context in blocks, the diagonal first: kernel and reference agree on each, their merge is all that was not skipped."""
     q, k, v = case.tensors()
     old = case.n - case.m
     cut = old // 2 // K_TILE * K_TILE + 17
     top = case.top() if relative else None
     parts, gone = [], torch.zeros(*q.shape[:2], case.m, case.n, dtype=torch.bool, device=q.device)
     for start, stop, causal in ((old, case.n, True), (0, cut, False), (cut, old, False)):
-        block = Case(case.head_dim, case.kv_heads, case.group, case.m, stop - start, causal, case.dtype, case.batch, case.device)
+        block = Case(
+            case.head_dim, case.kv_heads, case.group, case.m, stop - start, causal, case.dtype, case.batch, case.device
+        )
         found, wanted = both(block, q, k[:, :, start:stop], v[:, :, start:stop], block.rule(relative), top)
         assert found.map is not None and wanted.map is not None and torch.equal(found.map, wanted.map)
         close(found.partial, wanted.partial, case.dtype)
@@ -202,6 +208,25 @@ def check_poison(case: Case) -> None:
     close(Partial(out, lse), wanted.partial, case.dtype)
     if not case.causal:
         assert torch.isneginf(lse).all() and (out == 0).all()
+
+
+def check_operator(case: Case) -> None:
+    """It writes what it says it writes, and traces."""
+    q, k, v = case.tensors()
+    batch, heads, m, d = q.shape
+    rows, columns = tile_counts(m, case.n)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    out, lse = torch.zeros(batch, heads, m, d, device=q.device), torch.zeros(batch, heads, m, device=q.device)
+    skipped = torch.zeros(batch, heads, rows, dtype=torch.int32, device=q.device)
+    record = torch.zeros(batch, heads, rows, columns, dtype=torch.uint8, device=q.device)
+    for relative in (False, True):
+        top = case.top() if relative else None
+        arguments = (q, k, v, case.rule(relative).limits, top, out, lse, skipped, record if relative else None)
+        torch.library.opcheck(
+            launch,
+            (*arguments, case.scaling, case.causal, relative),
+            test_utils=("test_schema", "test_faketensor"),
+        )
 
 
 def check_maxima(case: Case) -> None:

@@ -73,7 +73,9 @@ def _sparse_attention(  # type: ignore[no-untyped-def]
         k_diagonal = k_at + (full * BN).to(tl.int64) * k_t
         v_diagonal = v_at + (full * BN).to(tl.int64) * v_t
         # The interpreter's range() takes numbers only, and the compiler pipelines no other kind of loop.
-        for i in range(full.handle.data.item() if INTERPRETED else full, end.handle.data.item() if INTERPRETED else end):
+        for i in range(
+            full.handle.data.item() if INTERPRETED else full, end.handle.data.item() if INTERPRETED else end
+        ):
             key = i * BN + j
             inside = key < n
             k = tl.load(k_diagonal, mask=there[:, None] & inside[None, :], other=0.0)
@@ -154,7 +156,14 @@ def launch(
     batch, heads, m, d = q.shape
     n = k.shape[2]
     q_tiles, k_tiles = tile_counts(m, n)
-    for name, tensor in (("limits", limits), ("out", out), ("lse", lse), ("skipped", skipped), ("top", top), ("record", record)):
+    for name, tensor in (
+        ("limits", limits),
+        ("out", out),
+        ("lse", lse),
+        ("skipped", skipped),
+        ("top", top),
+        ("record", record),
+    ):
         if tensor is not None and not tensor.is_contiguous():
             raise ValueError(f"expected contiguous {name}, got strides {list(tensor.stride())}")
     padded = max(16, next_power_of_2(d))
@@ -175,8 +184,8 @@ def sparse_attention_kernel(
 
     Notes
     -----
-    One program per query tile and head, after FlashAttention 2. Scores and sums are float32; weights are rounded to the values'
-    precision before the second product.
+    One program per query tile and head, after FlashAttention 2. Scores and sums are float32; weights are rounded to the
+    values' precision before the second product.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     batch, heads, m, d = q.shape
@@ -189,7 +198,8 @@ def sparse_attention_kernel(
     if with_map:
         record = torch.zeros(batch, heads, q_tiles, k_tiles, dtype=torch.uint8, device=q.device)
     running = top if top is None or top.is_contiguous() else top.contiguous()
-    launch(q, k, v, rule.limits.contiguous(), running, out, lse, skipped, record, scaling, causal, rule.relative)
+    with torch.cuda.device_of(q):
+        launch(q, k, v, rule.limits.contiguous(), running, out, lse, skipped, record, scaling, causal, rule.relative)
     if top is not None and running is not top:
         top.copy_(running)  # type: ignore[arg-type]
     return SparsePartial(Partial(out, lse), skipped, batch * heads * off_diagonal(m, n, causal), record)

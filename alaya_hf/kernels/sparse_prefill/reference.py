@@ -7,7 +7,15 @@ from torch import Tensor
 from torch.nn import functional
 
 from alaya_hf.kernels.partial import Partial
-from alaya_hf.kernels.sparse_prefill.tiles import K_TILE, Q_TILE, SparsePartial, TileRule, off_diagonal, span, tile_counts
+from alaya_hf.kernels.sparse_prefill.tiles import (
+    K_TILE,
+    Q_TILE,
+    SparsePartial,
+    TileRule,
+    off_diagonal,
+    span,
+    tile_counts,
+)
 
 
 def sparse_attention_reference(
@@ -17,9 +25,9 @@ def sparse_attention_reference(
 
     Notes
     -----
-    Serves every device and precision. Cost: as dense attention in float32, skipped tiles included; the scores of one query tile
-    and KV head at a time. A skipped tile cannot raise a row's running maximum (limits are at most 0), so the running maximum before
-    each tile is a cumulative maximum over all of them.
+    Serves every device and precision. Cost: as dense attention in float32, skipped tiles included; the scores of one
+    query tile and KV head at a time. A skipped tile cannot raise a row's running maximum (limits are at most 0), so the
+    running maximum before each tile is a cumulative maximum over all of them.
     """
     batch, heads, m, dim = q.shape
     kv_heads, n = k.shape[1], k.shape[2]
@@ -52,7 +60,9 @@ def sparse_attention_reference(
                     best = diagonal.amax(dim=2)
                     running = best if running is None else torch.maximum(running, best)
                 if full:
-                    off = functional.pad(scores[:, :, : full * K_TILE], (0, max(0, full * K_TILE - seen)), value=float("-inf"))
+                    off = functional.pad(
+                        scores[:, :, : full * K_TILE], (0, max(0, full * K_TILE - seen)), value=float("-inf")
+                    )
                     off = off.view(group, count, full, K_TILE).amax(dim=3)
                     limits = rule.limits[mine, tile]
                     below = _below(off, limits, running, rule.relative)

@@ -24,13 +24,14 @@ class TileRule:
     limits : Tensor
         ``[heads, q_tiles]`` float32, in units of scores (logits over ``scaling``), on the device of the queries.
     relative : bool
-        False (BSFA): a tile is skipped where its largest score is below its limit. True (BLASST): where in each of its rows the
-        largest score is below that row's running maximum plus the limit, which is ``ln(lambda) / scaling``, at most 0.
+        False (BSFA): a tile is skipped where its largest score is below its limit. True (BLASST): where in each of its
+        rows the largest score is below that row's running maximum plus the limit, which is ``ln(lambda) / scaling``, at
+        most 0.
 
     Notes
     -----
-    With limits of ``-inf`` nothing is skipped. BSFA: arXiv 2512.07011. BLASST: arXiv 2512.12087, section 3; a skipped tile's weights
-    are all below ``lambda`` times the largest weight of their row.
+    With limits of ``-inf`` nothing is skipped. BSFA: arXiv 2512.07011. BLASST: arXiv 2512.12087, section 3; a skipped
+    tile's weights are all below ``lambda`` times the largest weight of their row.
     """
 
     limits: Tensor
@@ -67,8 +68,8 @@ def tile_counts(m: int, n: int) -> tuple[int, int]:
 def span(tile: int, m: int, n: int, causal: bool) -> tuple[int, int]:
     """Key tiles of a query tile: the first `full` are off-diagonal, those up to `end` on the diagonal.
 
-    Off-diagonal means that every query of the tile sees all 64 keys. Without a causal mask all tiles are, also an incomplete last
-    one. The mask is aligned bottom-right: query ``i`` of ``m`` sees the first ``n - m + i + 1`` keys.
+    Off-diagonal means that every query of the tile sees all 64 keys. Without a causal mask all tiles are, also an
+    incomplete last one. The mask is aligned bottom-right: query ``i`` of ``m`` sees the first ``n - m + i + 1`` keys.
     """
     if not causal:
         end = -(-n // K_TILE)
@@ -102,18 +103,18 @@ def tile_maxima(q: Tensor, k: Tensor, causal: bool = True) -> Tensor:
 
     Notes
     -----
-    Cost: the products of dense attention, and float32 logits of one query tile of all heads at a time.
+    Cost: the products of dense attention in float32, a float32 copy of the keys, and the scores of one query tile of all heads at a time.
     """
     batch, heads, m, _ = q.shape
     kv_heads, n = k.shape[1], k.shape[2]
     rows, columns = tile_counts(m, n)
+    keys = k.float().transpose(2, 3)
     maxima = torch.full((batch, heads, rows, columns), float("-inf"), dtype=torch.float32, device=q.device)
     for tile in range(rows):
         full = span(tile, m, n, causal)[0]
         if full:
-            part = q[:, :, tile * Q_TILE : (tile + 1) * Q_TILE]
-            part = part.reshape(batch, kv_heads, -1, q.shape[3])
-            scores = (part @ k[:, :, : full * K_TILE].transpose(2, 3)).float()
+            part = q[:, :, tile * Q_TILE : (tile + 1) * Q_TILE].float()
+            scores = part.reshape(batch, kv_heads, -1, q.shape[3]) @ keys[..., : full * K_TILE]
             if scores.shape[-1] < full * K_TILE:
                 scores = torch.nn.functional.pad(scores, (0, full * K_TILE - scores.shape[-1]), value=float("-inf"))
             best = scores.view(batch, heads, -1, full, K_TILE).amax(dim=(2, 4))
