@@ -98,7 +98,7 @@ class AlayaConfig:
         Contexts of up to this many tokens stay in the window as a whole: exact attention, nothing offloaded.
     max_sparse_queries : int
         Forward passes of up to this many tokens (decoding, assisted decoding, short follow-up questions) retrieve;
-        longer ones are prefill and attend exactly.
+        longer ones are prefill, see there.
     prefill
         How passes of many tokens attend: :class:`~alaya_hf.engine.prefill.Exact` or, with less work,
         :class:`~alaya_hf.engine.prefill.BSFA`, :class:`~alaya_hf.engine.prefill.BLASST`,

@@ -26,8 +26,8 @@ class DeviceLayer(AlayaLayer):
     """Keys and values of one attention layer with ``engine="device"``.
 
     The window and a low-bit copy of all tokens before it lie on the device, every token's exact vectors in pinned host
-    memory. A forward pass of one token is a chain of kernels that never waits for the host. Passes of more tokens are exact:
-    the offloaded tokens come to the device in blocks.
+    memory. A forward pass of one token is a chain of kernels that never waits for the host. Passes of more tokens are
+    prefill, as the configuration says: the offloaded tokens come to the device in blocks.
 
     Parameters
     ----------

@@ -459,7 +459,7 @@ class AlayaLayer(CacheLayerMixin):
     ) -> Tensor:
         """Attention of the pass's queries to everything cached, the new tokens of :meth:`update` included.
 
-        Passes of up to ``max_sparse_queries`` tokens over a non-empty cache retrieve; others attend exactly.
+        Passes of up to ``max_sparse_queries`` tokens over a non-empty cache retrieve; others are prefill.
 
         Parameters
         ----------

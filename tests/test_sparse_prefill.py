@@ -299,6 +299,12 @@ class TestConfiguration:
             layer.attend(q, SCALING, softcap=30.0)
 
 
+def test_systems_that_share_an_exact_prefill_refuse_another():
+    systems = pytest.importorskip("eval.systems", reason="needs a checkout")
+    with pytest.raises(ConfigError, match="'mine' asks for prefill blasst"):
+        systems.System("mine", AlayaConfig(layers={3: {"prefill": "blasst"}}))
+
+
 def test_wrong_shapes_are_refused():
     q, k, v = tensors(130)
     rule = TileRule(torch.zeros(KV_HEADS * GROUP, 2))

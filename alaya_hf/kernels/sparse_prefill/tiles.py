@@ -103,7 +103,8 @@ def tile_maxima(q: Tensor, k: Tensor, causal: bool = True) -> Tensor:
 
     Notes
     -----
-    Cost: the products of dense attention in float32, a float32 copy of the keys, and the scores of one query tile of all heads at a time.
+    Cost: the products of dense attention in float32, a float32 copy of the keys, and the scores of one query tile of all
+    heads at a time.
     """
     batch, heads, m, _ = q.shape
     kv_heads, n = k.shape[1], k.shape[2]
