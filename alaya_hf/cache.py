@@ -25,9 +25,9 @@ from alaya_hf.probes import Probe
 class AlayaCache(Cache):
     """Retrieval-based sparse attention over an offloaded context, as an ordinary Transformers cache.
 
-    ``model.generate(**inputs, past_key_values=AlayaCache())`` is all there is to do. Prefill is exact by default; decoding attends
-    to a window and to the critical offloaded tokens of every step. Works with batches, sampling, beams, assisted decoding
-    and multi-turn use; layers lie on the devices of their keys.
+    ``model.generate(**inputs, past_key_values=AlayaCache())`` is all there is to do. Prefill is exact by default; decoding
+    attends to a window and to the critical offloaded tokens of every step. Works with batches, sampling, beams, assisted
+    decoding and multi-turn use; layers lie on the devices of their keys.
 
     Parameters
     ----------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -40,13 +41,18 @@ def tensors(tokens: int, batch: int = 1) -> tuple[torch.Tensor, torch.Tensor, to
     return q, k * loud.repeat_interleave(K_TILE, 2)[:, :, :tokens, None], v
 
 
-def run(settings, q, k, v, chunks, valid=None, layer_idx=0):
-    """Outputs of a layer ``[batch, tokens, heads, head_dim]`` that gets its tokens in chunks, and its probe."""
+def run(settings, q, k, v, chunks, valid=None, layer_idx=0, copies=False):
+    """Outputs of a layer ``[batch, tokens, heads, head_dim]`` that gets its tokens in chunks, and its probe.
+
+    With copies, every chunk goes to a copy, whose row then consists of a piece per chunk.
+    """
     forward = ForwardState()
     layer = AlayaLayer(settings, layer_idx, forward, Probe())
     outs, start = [], 0
     for size in chunks:
         part = slice(start, start + size)
+        layer = copy.deepcopy(layer) if copies else layer
+        forward = layer.forward
         forward.past, forward.valid = start, None if valid is None or valid[:, part].all() else valid[:, part]
         layer.update(k[:, :, part], v[:, :, part])
         outs.append(layer.attend(q[:, :, part], SCALING))
@@ -129,8 +135,9 @@ def test_padding_is_as_if_it_were_not_there(tmp_path, kind, chunks):
     assert probe.summary()["skipped_tiles"] > 0
 
 
+@pytest.mark.parametrize("copies", [False, True])
 @pytest.mark.parametrize("chunks", [[200, 320], [200, 64, 256]], ids=str)
-def test_retrieval_attends_to_the_blocks_that_matter(chunks):
+def test_retrieval_attends_to_the_blocks_that_matter(chunks, copies):
     """Keys that all later queries look for, in two blocks of the prefix, are found among the others."""
     q, k, v = tensors(520)
     place = torch.zeros(520, dtype=torch.bool)
@@ -141,7 +148,7 @@ def test_retrieval_attends_to_the_blocks_that_matter(chunks):
     q[:, :, 200:] = 0.2 * q[:, :, 200:] + 4 * direction
     settings = SETTINGS.replace(prefill=Retrieval(tokens=32, block=16, queries=128))
     wanted, _ = run(SETTINGS, q, k, v, chunks)
-    found, _ = run(settings, q, k, v, chunks)
+    found, _ = run(settings, q, k, v, chunks, copies=copies)
     torch.testing.assert_close(found, wanted, atol=2e-3, rtol=1e-3)
     other, _ = run(SETTINGS.replace(prefill=Retrieval(tokens=16, block=16, queries=128)), q, k, v, chunks)
     assert (other - wanted).abs().max() > 0.05

@@ -109,17 +109,20 @@ class RetrievalPass(ExactPass):
 
     def _attend(self, row: int, part: slice, pieces: list[Piece], chosen: Tensor, total: Partial) -> int:
         chunk, block = self.chunk, self.settings.block
-        group, moved = chunk.q.shape[1] // chunk.kv_heads, 0
+        group, moved, first = chunk.q.shape[1] // chunk.kv_heads, 0, 0
+        found: list[list[Tensor]] = [[] for _ in range(chunk.kv_heads)]
+        for piece in pieces:
+            blocks = -(-piece.length // block)
+            here = [mine[(mine >= first) & (mine < first + blocks)] - first for mine in chosen]
+            tokens = [(mine.unsqueeze(1) * block + torch.arange(block)).flatten() for mine in here]
+            tokens = [mine[mine < piece.length] for mine in tokens]
+            offsets = torch.tensor([0, *(mine.numel() for mine in tokens)]).cumsum(0)
+            piece.segment.check(torch.cat(tokens).to(torch.int32), offsets)
+            for kept, vectors, mine in zip(found, piece.view, tokens, strict=True):
+                kept.append(vectors.index_select(0, mine))
+            first += blocks
         for kv_head in range(chunk.kv_heads):
-            found, first = [], 0
-            for piece in pieces:
-                blocks = -(-piece.length // block)
-                mine = chosen[kv_head]
-                mine = mine[(mine >= first) & (mine < first + blocks)] - first
-                tokens = (mine.unsqueeze(1) * block + torch.arange(block)).flatten()
-                found.append(piece.kv[kv_head].index_select(0, tokens[tokens < piece.length]))
-                first += blocks
-            kv = torch.cat(found)
+            kv = torch.cat(found[kv_head])
             moved += kv.numel() * kv.element_size()
             kv = kv.to(chunk.q.device, chunk.q.dtype)[None, None]
             heads = slice(kv_head * group, (kv_head + 1) * group)
