@@ -76,7 +76,7 @@ def test_for_layer(config: AlayaConfig, layer: int) -> None:
         # A window given in part keeps the other fields of the window it changes.
         for name, value in overrides.items():
             partial = name == "window" and isinstance(value, dict)
-            expected[name] = dataclasses.replace(expected["window"], **value) if partial else value
+            expected[name] = dataclasses.replace(WindowConfig.build(expected["window"]), **value) if partial else value
     expected["layers"] = {}
     assert own == AlayaConfig(**expected)
 
