@@ -4,6 +4,7 @@ from alaya_hf import attention as _attention
 from alaya_hf.cache import AlayaCache
 from alaya_hf.config import AlayaConfig, WindowConfig
 from alaya_hf.db import AlayaDB
+from alaya_hf.engine.prefill import BLASST, BSFA, Retrieval
 from alaya_hf.engine.residual import BlockMean, LowBit, NoResidual
 from alaya_hf.errors import AlayaError
 from alaya_hf.index import Coarse, Flat, Graph, Quantized, Sign
@@ -14,6 +15,8 @@ from alaya_hf.session import Session
 __version__ = "0.1.0"
 
 __all__ = [
+    "BLASST",
+    "BSFA",
     "DIPR",
     "AlayaCache",
     "AlayaConfig",
@@ -29,6 +32,7 @@ __all__ = [
     "NoResidual",
     "Quantized",
     "Recovery",
+    "Retrieval",
     "Session",
     "Sign",
     "TopK",

@@ -25,9 +25,9 @@ from alaya_hf.probes import Probe
 class AlayaCache(Cache):
     """Retrieval-based sparse attention over an offloaded context, as an ordinary Transformers cache.
 
-    ``model.generate(**inputs, past_key_values=AlayaCache())`` is all there is to do. Prefill is exact; decoding attends
-    to a window and to the critical offloaded tokens of every step. Works with batches, sampling, beams, assisted decoding
-    and multi-turn use; layers lie on the devices of their keys.
+    ``model.generate(**inputs, past_key_values=AlayaCache())`` is all there is to do. Prefill is exact by default; decoding
+    attends to a window and to the critical offloaded tokens of every step. Works with batches, sampling, beams, assisted
+    decoding and multi-turn use; layers lie on the devices of their keys.
 
     Parameters
     ----------
@@ -212,6 +212,8 @@ class AlayaCache(Cache):
                 f"AlayaCache serves models with rotary multi-head or grouped-query attention, but {type(decoder).__name__} "
                 "declares no rotary embedding (rope_parameters). Use a DynamicCache for this model."
             )
+        for prefill in {settings.prefill: None for settings in self.settings.all_layers}:
+            prefill.check_model(decoder)
         layers: list[Any] = list(DynamicCache(config=decoder).layers)
         for idx, layer in enumerate(layers):
             if type(layer) is DynamicLayer:
@@ -425,7 +427,8 @@ class AlayaCache(Cache):
             steps fetched, per KV head), ``hot_hits`` (those found on the device) and ``hot_hit_rate`` (None before the first
             lookup); reading them waits for the devices. With
             ``probe=True`` also means over decode steps and layers: ``attended``, ``retrieved``, ``recovery`` (with
-            ``probe_recovery``), ``seconds_per_step`` (attention of all layers), ``steps``, ``bytes_moved``, and per layer
+            ``probe_recovery``), ``skipped_tiles`` (share of the off-diagonal tiles that a sparse prefill skipped),
+            ``seconds_per_step`` (attention of all layers), ``steps``, ``bytes_moved``, and per layer
             ``layers[i]`` the same with ``records`` of every step (:class:`alaya_hf.probes.StepRecord`).
         """
         layers = self.alaya_layers
@@ -466,7 +469,7 @@ class AlayaCache(Cache):
             summaries[layer.layer_idx] = {**layer.probe.summary(), "records": layer.probe.records()}
         stats["layers"] = summaries
         stats["steps"] = max((int(summary["steps"]) for summary in summaries.values()), default=0)
-        for name in ("attended", "retrieved", "fetched", "recovery"):
+        for name in ("attended", "retrieved", "fetched", "recovery", "skipped_tiles"):
             values = [summary[name] for summary in summaries.values() if summary[name] is not None]
             stats[name] = sum(values) / len(values) if values else None
         times = [summary["seconds"] for summary in summaries.values() if summary["seconds"] is not None]

@@ -12,12 +12,18 @@ from typing import Any
 import yaml
 
 from alaya_hf.errors import ConfigError
-from alaya_hf.registry import INDEXES, QUERIES, RESIDUALS
+from alaya_hf.registry import INDEXES, PREFILLS, QUERIES, RESIDUALS, Registry
 
 GROUP_MODES = ("union", "per_head")
 ENGINES = ("host", "device")
 CUDA_GRAPHS = ("capture", "compile", "none")
 STORE_DTYPES_8BIT = ("fp8", "int8")
+COMPONENTS: dict[str, Registry[Any]] = {
+    "query": QUERIES,
+    "index": INDEXES,
+    "residual": RESIDUALS,
+    "prefill": PREFILLS,
+}
 STORE_DTYPES = ("auto", "float32", "float16", "bfloat16", *STORE_DTYPES_8BIT)
 
 
@@ -92,7 +98,11 @@ class AlayaConfig:
         Contexts of up to this many tokens stay in the window as a whole: exact attention, nothing offloaded.
     max_sparse_queries : int
         Forward passes of up to this many tokens (decoding, assisted decoding, short follow-up questions) retrieve;
-        longer ones are prefill and attend exactly.
+        longer ones are prefill, see there.
+    prefill
+        How passes of many tokens attend: :class:`~alaya_hf.engine.prefill.Exact` or, with less work,
+        :class:`~alaya_hf.engine.prefill.BSFA`, :class:`~alaya_hf.engine.prefill.BLASST`,
+        :class:`~alaya_hf.engine.prefill.Retrieval`. Layers in ``dense_layers`` are always exact.
     prefill_block : int
         Offloaded tokens that a prefill chunk brings to the device at a time.
     store_dtype : {"auto", "float32", "float16", "bfloat16", "fp8", "int8"}
@@ -134,6 +144,7 @@ class AlayaConfig:
     dense_layers: tuple[int, ...] = ()
     min_context: int = 2048
     max_sparse_queries: int = 64
+    prefill: Any = "exact"
     prefill_block: int = 8192
     store_dtype: str = "auto"
     engine: str = "host"
@@ -147,6 +158,7 @@ class AlayaConfig:
         set_(self, "query", QUERIES.build(self.query))
         set_(self, "index", INDEXES.build(self.index))
         set_(self, "residual", RESIDUALS.build(self.residual))
+        set_(self, "prefill", PREFILLS.build(self.prefill))
         set_(self, "window", WindowConfig.build(self.window))
         if self.group_mode not in GROUP_MODES:
             raise ConfigError(f"group_mode must be one of {', '.join(GROUP_MODES)}, but got {self.group_mode!r}.")
@@ -173,6 +185,7 @@ class AlayaConfig:
         self._check_layers()
         self.index.check(self.query)
         self.residual.check(self.index)
+        self.prefill.check(self.engine)
 
     def _check_layers(self) -> None:
         if not isinstance(self.layers, Mapping):
@@ -206,7 +219,12 @@ class AlayaConfig:
     @property
     def engines(self) -> set[str]:
         """Engines that drive layers: those named in `layers`, and all others."""
-        return {self.for_layer(idx).engine for idx in (-1, *(key for key in self.layers if isinstance(key, int)))}
+        return {config.engine for config in self.all_layers}
+
+    @property
+    def all_layers(self) -> list[AlayaConfig]:
+        """The configurations of the layers named in `layers`, and that of all others."""
+        return [self.for_layer(idx) for idx in (-1, *(key for key in self.layers if isinstance(key, int)))]
 
     def replace(self, **changes: Any) -> AlayaConfig:
         """A copy with some fields changed."""
@@ -239,7 +257,7 @@ class AlayaConfig:
                 node[part] = child
                 node = child
             node[last] = value
-            other = {"alpha": "beta", "beta": "alpha"}.get(str(last))
+            other = {"alpha": "beta", "beta": "alpha", "lam": "scale", "scale": "lam"}.get(str(last))
             if value is not None and other is not None and ".".join([*map(str, parents), other]) not in changes:
                 # Two names for one parameter: the one given takes the place of the other.
                 node.pop(other, None)
@@ -276,9 +294,8 @@ class AlayaConfig:
             value = getattr(self, field.name)
             if default is not None and value == getattr(default, field.name):
                 continue
-            if field.name in ("query", "index", "residual"):
-                registry = {"query": QUERIES, "index": INDEXES, "residual": RESIDUALS}[field.name]
-                value = registry.spec(value)
+            if field.name in COMPONENTS:
+                value = COMPONENTS[field.name].spec(value)
             elif isinstance(value, WindowConfig):
                 value = dataclasses.asdict(value)
             elif isinstance(value, tuple):
@@ -290,11 +307,9 @@ class AlayaConfig:
 
     @staticmethod
     def _plain(overrides: Mapping[str, Any]) -> dict[str, Any]:
-        registries = {"query": QUERIES, "index": INDEXES, "residual": RESIDUALS}
-
         def plain(key: str, value: Any) -> Any:
-            if key in registries:
-                return registries[key].spec(registries[key].build(value))
+            if key in COMPONENTS:
+                return COMPONENTS[key].spec(COMPONENTS[key].build(value))
             if isinstance(value, WindowConfig):
                 return dataclasses.asdict(value)
             return list(value) if isinstance(value, tuple) else value

@@ -11,7 +11,6 @@ from torch import Tensor
 from alaya_hf.config import AlayaConfig
 from alaya_hf.engine.device.plan import ADVICE, device_plan
 from alaya_hf.engine.device.shared import DeviceShared
-from alaya_hf.engine.prefill import attend_new
 from alaya_hf.errors import AlayaError, ConfigError, UnsupportedModelError
 from alaya_hf.kernels.gpu.layout import Layout
 from alaya_hf.kernels.gpu.store_format import EIGHT_BIT, StoreFormat
@@ -27,8 +26,8 @@ class DeviceLayer(AlayaLayer):
     """Keys and values of one attention layer with ``engine="device"``.
 
     The window and a low-bit copy of all tokens before it lie on the device, every token's exact vectors in pinned host
-    memory. A forward pass of one token is a chain of kernels that never waits for the host. Passes of more tokens are exact:
-    the offloaded tokens come to the device in blocks.
+    memory. A forward pass of one token is a chain of kernels that never waits for the host. Passes of more tokens are
+    prefill, as the configuration says: the offloaded tokens come to the device in blocks.
 
     Parameters
     ----------
@@ -296,19 +295,21 @@ class DeviceLayer(AlayaLayer):
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
     ) -> tuple[list[Partial], StepRecord | None]:
         assert self.tokens is not None
+        attention = self._begin_prefill(query, keys, valid, scaling, None)
         # The first offloaded block travels while the new tokens attend to themselves.
         blocks = self.tokens.blocks(self.config.prefill_block) if self._columns else None
-        parts = [attend_new(query, keys, values, valid, scaling, None)]
+        parts = [attention.new(keys, values)]
         context, moved = self._columns + query.shape[2], 0
         if blocks is not None:
-            part, moved = self.tokens.attend(query, blocks, scaling)
+            part, moved = self.tokens.attend(attention, blocks)
             parts.append(part)
         moved += self._append(keys, values, valid, 0)
         if self.probe is None:
             return parts, None
         return parts, StepRecord(
-            "prefill", query.shape[2], context, context, 0, 0, 0, None, None, None, None, moved, 0.0
-        )
+            "prefill", query.shape[2], context, context, 0, 0, 0, None, None, None, None, moved, 0.0,
+            attention.tiles, attention.skipped(),
+        )  # fmt: skip
 
     def _decode(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None

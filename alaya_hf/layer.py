@@ -15,7 +15,8 @@ from transformers.cache_utils import CacheLayerMixin
 
 from alaya_hf.config import STORE_DTYPES_8BIT, AlayaConfig
 from alaya_hf.engine.masks import padding_of
-from alaya_hf.engine.prefill import attend_new, attend_store, attend_window
+from alaya_hf.engine.prefill import Exact, PrefillPass
+from alaya_hf.engine.prefill.base import Chunk
 from alaya_hf.engine.record import decode_record
 from alaya_hf.engine.retrieval import RetrievalStats, retrieve
 from alaya_hf.engine.sampling import sample_queries
@@ -458,7 +459,7 @@ class AlayaLayer(CacheLayerMixin):
     ) -> Tensor:
         """Attention of the pass's queries to everything cached, the new tokens of :meth:`update` included.
 
-        Passes of up to ``max_sparse_queries`` tokens over a non-empty cache retrieve; others attend exactly.
+        Passes of up to ``max_sparse_queries`` tokens over a non-empty cache retrieve; others are prefill.
 
         Parameters
         ----------
@@ -549,16 +550,23 @@ class AlayaLayer(CacheLayerMixin):
             return total
         return self.config.window.local
 
+    def _begin_prefill(
+        self, query: Tensor, keys: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
+    ) -> PrefillPass:
+        chunk = Chunk(query, keys.shape[1], valid, self.token_counts(), scaling, softcap, self.layer_idx)
+        return (Exact() if self.layer_idx in self.config.dense_layers else self.config.prefill).begin(chunk)
+
     def _prefill(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
     ) -> tuple[list[Partial], StepRecord | None]:
         assert self.window is not None and self.store is not None
-        parts = [attend_new(query, keys, values, valid, scaling, softcap)]
+        attention = self._begin_prefill(query, keys, valid, scaling, softcap)
+        parts = [attention.new(keys, values)]
         moved = 0
         context = self._columns + query.shape[2]
         if self._columns:
-            parts.append(attend_window(query, self.window, scaling, softcap))
-            part, moved = attend_store(query, self.store, self.config.prefill_block, scaling, softcap)
+            parts.append(attention.window(self.window))
+            part, moved = attention.offloaded(self.store, self.config.prefill_block)
             parts.append(part)
         ratio = self.config.sample_queries
         ratio = self.config.index.sample_ratio if ratio is None else ratio
@@ -567,8 +575,9 @@ class AlayaLayer(CacheLayerMixin):
         if self.probe is None:
             return parts, None
         return parts, StepRecord(
-            "prefill", query.shape[2], context, context, 0, 0, 0, None, None, None, None, moved, 0.0
-        )
+            "prefill", query.shape[2], context, context, 0, 0, 0, None, None, None, None, moved, 0.0,
+            attention.tiles, attention.skipped(),
+        )  # fmt: skip
 
     def _decode(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None

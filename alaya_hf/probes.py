@@ -43,6 +43,8 @@ class StepRecord:
         Bytes of keys and values that crossed between store and attention, both ways.
     seconds : float
         Wall time of the attention of this layer, host side.
+    tiles, skipped_tiles : int
+        Of a prefill that skips tiles: those off the diagonal, over heads and rows, and how many of them were skipped.
     """
 
     kind: str
@@ -58,6 +60,8 @@ class StepRecord:
     watched_coverage: float | None
     bytes_moved: int
     seconds: float
+    tiles: int = 0
+    skipped_tiles: int = 0
 
 
 @dataclass
@@ -109,6 +113,8 @@ class Probe:
             summary[name] = sum(values) / len(values) if values else None
         worst = [step.min_recovery for step in decode if step.min_recovery is not None]
         summary["min_recovery"] = min(worst) if worst else None
+        tiles = sum(step.tiles for step in self.steps)
+        summary["skipped_tiles"] = sum(step.skipped_tiles for step in self.steps) / tiles if tiles else None
         summary["bytes_moved"] = sum(step.bytes_moved for step in self.steps)
         if self.head_counts:
             summary["retrieved_per_head"] = torch.stack(self.head_counts).double().mean(dim=0).tolist()

@@ -1,15 +1,17 @@
-"""``python -m eval``: speed, recall, fidelity, legal tasks, ablations and reports."""
+"""``python -m eval``: speed, recall, fidelity, sparse prefill, legal tasks, ablations and reports."""
 
 from __future__ import annotations
 
 import typer
 
 from eval.ablate import ablate
+from eval.calibrate_bsfa import calibrate_bsfa
 from eval.faults import faults
 from eval.fidelity_command import fidelity
 from eval.legal_command import legal
 from eval.recall import recall
 from eval.reporting.command import report
+from eval.sparse_prefill import sparse_prefill
 from eval.speed import app as speed
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Evaluate alaya_hf.")
@@ -19,6 +21,8 @@ app.command()(report)
 app.command()(recall)
 app.command()(faults)
 app.command()(fidelity)
+app.command()(calibrate_bsfa)
+app.command()(sparse_prefill)
 app.add_typer(speed, name="speed")
 
 

@@ -55,6 +55,15 @@ class System:
     matched: bool = False
     labels: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        sparse = {layer.prefill.kind for layer in self.settings.all_layers} - {"exact"} if self.settings else None
+        if sparse:
+            raise ConfigError(
+                f"the system {self.name!r} asks for prefill {', '.join(sorted(sparse))}, but all systems share one exact "
+                "prefill here. Compare prefills with `python -m eval sparse-prefill`, or run one by itself with "
+                "`python -m eval harness`."
+            )
+
     @classmethod
     def named(cls, name: str, window: tuple[int, int] | None = None, matched: bool = False) -> System:
         """A system from its name, or from the path of a YAML file of :class:`~alaya_hf.AlayaConfig`.
@@ -70,7 +79,7 @@ class System:
         Raises
         ------
         ConfigError
-            For a name that is none of these.
+            For a name that is none of these, and for settings with another prefill than the exact one.
         """
         if name in STOCK:
             return cls(name)

@@ -132,6 +132,11 @@ def test_case_eight_bit(store_dtype, tight):
 
 
 @inside
+def test_case_sparse_prefill():
+    cases.check_sparse_prefill("cpu")
+
+
+@inside
 def test_case_footprint():
     """A row of evaluation counts the workspace, and the hot set beside what the cache has to hold."""
     from eval.running.row import footprint

@@ -11,6 +11,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from alaya_hf import DIPR, AlayaCache, AlayaConfig, AlayaLayer, TopK
 from alaya_hf.device_layer import DeviceLayer
+from alaya_hf.probes import Probe
 
 WINDOW = {"init": 4, "local": 20, "overflow": 63}
 #: Keeps every token of these tests; more than one tile needs more.
@@ -370,3 +371,26 @@ def check_eight_bit(device: str, store_dtype: str, dtype: torch.dtype = torch.fl
     after = attend(layer, q[:, :, 60:61], k[:, :, 60:61], v[:, :, 60:61])
     keys, values = (torch.cat([x[:, :, :50].to(dtype), y[:, :, 60:61]], 2) for x, y in ((rough_k, k), (rough_v, v)))
     torch.testing.assert_close(after, _dense(q[:, :, 60:61], keys, values), atol=2e-2, rtol=2e-2)
+
+
+def check_sparse_prefill(device: str) -> None:
+    """Chunks through window and streamed blocks: nothing skipped equals exact, what is skipped is small."""
+    n, lam = 460, 0.02
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, heads, n, 64, generator=generator) for heads in (4, 2, 2))
+    loud = (torch.rand(1, 2, n // 16 + 1, generator=generator) < 0.2).float() * 1.8 + 0.2
+    q, k, v = ((2 * q).half(), (k * loud.repeat_interleave(16, 2)[:, :, :n, None]).half(), v.half())
+    outs = {}
+    for prefill in ("exact", {"kind": "blasst", "lam": 0}, {"kind": "blasst", "lam": lam}):
+        layer = DeviceLayer(DEFAULT.replace(prefill=prefill, prefill_block=64), probe=Probe())
+        parts = []
+        for start, stop in ((0, 150), (150, 330), (330, n)):
+            parts.append(attend(layer, *(x[:, :, start:stop].to(device) for x in (q, k, v))).float().cpu())
+        outs[str(prefill)] = torch.cat(parts, 2), layer.probe.summary()["skipped_tiles"]
+    (exact, _), (nothing, none), (found, some) = outs.values()
+    assert none == 0 and 0.02 < some < 1
+    torch.testing.assert_close(nothing, exact, atol=4e-3, rtol=0)
+    scores = (q.float() @ k.float().repeat_interleave(2, 1).transpose(2, 3)) / 8
+    weights = scores.masked_fill(~torch.ones(n, n).tril().bool(), -torch.inf).softmax(-1)
+    small = weights.masked_fill(weights >= lam * weights.amax(-1, keepdim=True), 0).sum(-1)
+    assert bool(((found - exact).norm(dim=-1) <= small * 2 * v.float().norm(dim=-1).max() + 0.02).all())

@@ -78,6 +78,10 @@ def test_default_settings_agree_with_the_host(residual, dtype, tight):
     cases.check_default_settings("cuda", residual, dtype)
 
 
+def test_sparse_prefill():
+    cases.check_sparse_prefill("cuda")
+
+
 def test_a_hundred_steps(model):
     cases.check_many_steps(model, 100)
 

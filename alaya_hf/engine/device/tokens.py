@@ -14,8 +14,8 @@ from alaya_hf.config import WindowConfig
 from alaya_hf.engine.device.plan import DevicePlan
 from alaya_hf.engine.device.shared import DeviceShared, after_step, constant
 from alaya_hf.engine.device.stream import stream_blocks
+from alaya_hf.engine.prefill import PrefillPass
 from alaya_hf.errors import AlayaError, NonFiniteError
-from alaya_hf.kernels.attention import exact_attention
 from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.kernels.gpu.hot_set import HotSet
 from alaya_hf.kernels.gpu.layout import TILE, Layout
@@ -395,16 +395,15 @@ class DeviceTokens:
         return OffloadedBlocks([row for row, _, _ in spans], stream_blocks(sources, self.device), moved)
 
     @_on_its_device
-    def attend(self, q: Tensor, blocks: OffloadedBlocks, scaling: float) -> tuple[Partial, int]:
-        """Exact attention of new tokens to everything held.
+    def attend(self, attention: PrefillPass, blocks: OffloadedBlocks) -> tuple[Partial, int]:
+        """Attention of new tokens to everything held.
 
         Parameters
         ----------
-        q : Tensor
-            ``[batch, heads, m, head_dim]``.
+        attention : PrefillPass
+            Of the new tokens.
         blocks : OffloadedBlocks
             From :meth:`blocks`, since when nothing has changed.
-        scaling : float
 
         Returns
         -------
@@ -414,14 +413,14 @@ class DeviceTokens:
         """
         rows = []
         for row in range(len(self.lows)):
-            query, first = q[row : row + 1], min(self.counts[row], self.init)
+            first = min(self.counts[row], self.init)
             k, v = self._recent(row)
             k = torch.cat([self.window_k[row, :, :first], k], dim=1)[None]
             v = torch.cat([self.window_v[row, :, :first], v], dim=1)[None]
-            rows.append(exact_attention(query, k, v, scaling))
+            rows.append(attention.block(row, k, v))
         for row, block in zip(blocks.rows, blocks.arriving, strict=True):
             kv = self.form.unpack(block, self.dtype)[None]
-            merge_into(rows[row], exact_attention(q[row : row + 1], kv[:, :, :, 0], kv[:, :, :, 1], scaling))
+            merge_into(rows[row], attention.block(row, kv[:, :, :, 0], kv[:, :, :, 1]))
         return Partial(torch.cat([part.out for part in rows]), torch.cat([part.lse for part in rows])), blocks.nbytes
 
     @_on_its_device
