@@ -370,6 +370,26 @@ class AlayaCache(Cache):
                 )
         self._token_ids = ids
 
+    def reserve(self, tokens: int) -> None:
+        """Say how many tokens a row will hold, before a prompt that comes in chunks: memory is then made once.
+
+        ``generate`` does it by itself. It is a hint: longer contexts grow as they do without. With ``engine="host"``, whose
+        memory grows in blocks, it changes nothing.
+
+        Parameters
+        ----------
+        tokens : int
+            Columns of the cache, those that it holds included.
+
+        Raises
+        ------
+        ConfigError
+            For a negative number.
+        """
+        if tokens < 0:
+            raise ConfigError(f"reserve takes the number of tokens that the cache will hold, but got {tokens}.")
+        self._forward.expected = tokens
+
     def pop_generated(self) -> bool:
         """Whether the pass that is about to run comes from the loop of ``generate``, after its first one. Asked once."""
         generated, self._generated = self._generated, False
@@ -385,6 +405,7 @@ class AlayaCache(Cache):
         """Forget everything but the configuration."""
         super().reset()
         self._token_ids = None
+        self._forward.expected = 0
         if self.graphs is not None:
             self.graphs.drop()
 

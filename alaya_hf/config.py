@@ -116,9 +116,9 @@ class AlayaConfig:
         query without a cap is served with one of 256 tokens per query head there; at most 512 can be asked for.
     cuda_graphs : {"capture", "compile", "none"}
         With ``engine="device"``: whether a model's whole decode step is captured in a CUDA graph and replayed from the third
-        token of an answer on, which takes Python out of it. ``"compile"`` also compiles the model's blocks first: about ten
-        seconds for 32 layers, once a process, for the fastest steps. Steps that a graph cannot hold (beams, whose memory
-        moves; several devices; probes) run as usual.
+        token of an answer on, which takes Python out of it. ``"compile"`` also compiles the model's blocks first: ten
+        to twenty seconds for 32 layers, once a process, for the fastest steps. Steps that a graph cannot hold (beams, whose
+        memory moves; several devices; probes) run as usual.
     hot_bytes : int
         With ``engine="device"``: bytes of device memory for the hot set, exact tokens that recent steps fetched and the next
         ones will find without crossing the bus. For the whole cache, split evenly over its layers. 0: none. A layer whose

@@ -156,6 +156,8 @@ class DecodeGraph:
         self.workspaces = list(cache._shared.workspaces)
         with torch.inference_mode(False):
             self.inputs = {name: tensor.clone() for name, tensor in inputs.tensors.items()}
+        for tokens in self._tokens():
+            tokens.settle()
         for group in self.groups:
             group.bring()
         before = [(layer, layer._columns, layer._valid) for layer in self.layers]
@@ -220,6 +222,8 @@ class DecodeGraph:
 
     def replay(self, inputs: _Inputs, cache: Any) -> Any:
         """Run the step; host numbers follow while the device works."""
+        for tokens in self._tokens():
+            tokens.settle()
         for group in self.groups:
             group.bring()
         for name, tensor in inputs.tensors.items():

@@ -19,7 +19,7 @@ from alaya_hf.layer import AlayaLayer, ForwardState, _outside_inference_mode
 from alaya_hf.probes import Probe, StepRecord
 
 if TYPE_CHECKING:
-    from alaya_hf.engine.device.tokens import DeviceTokens
+    from alaya_hf.engine.device.tokens import Arrival, DeviceTokens
 
 
 class DeviceLayer(AlayaLayer):
@@ -280,8 +280,12 @@ class DeviceLayer(AlayaLayer):
     ) -> int:
         """Take new columns in; returns the bytes that went to the store."""
         assert self.tokens is not None
-        moved = self.tokens.append(keys, values, valid, self._columns + keys.shape[2], self._alike)
-        self._count(keys.shape[2], valid)
+        return self._take_in(self.tokens.arrive(keys, values, valid), keys.shape[2], valid)
+
+    def _take_in(self, arrival: Arrival, new: int, valid: Tensor | None) -> int:
+        assert self.tokens is not None
+        moved = self.tokens.append(arrival, self._columns + new, self._alike, self.forward.expected)
+        self._count(new, valid)
         return moved
 
     def _count(self, new: int, valid: Tensor | None) -> None:
@@ -295,6 +299,8 @@ class DeviceLayer(AlayaLayer):
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
     ) -> tuple[list[Partial], StepRecord | None]:
         assert self.tokens is not None
+        # Looked at before the attention is in the queue: what follows need not wait for that.
+        arrival = self.tokens.arrive(keys, values, valid)
         attention = self._begin_prefill(query, keys, valid, scaling, None)
         # The first offloaded block travels while the new tokens attend to themselves.
         blocks = self.tokens.blocks(self.config.prefill_block) if self._columns else None
@@ -303,7 +309,7 @@ class DeviceLayer(AlayaLayer):
         if blocks is not None:
             part, moved = self.tokens.attend(attention, blocks)
             parts.append(part)
-        moved += self._append(keys, values, valid, 0)
+        moved += self._take_in(arrival, keys.shape[2], valid)
         if self.probe is None:
             return parts, None
         return parts, StepRecord(

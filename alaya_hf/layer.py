@@ -53,12 +53,15 @@ class ForwardState:
         Columns the cache held when the mask was made, -1 if no mask function ran.
     first, layers : int
         The first layer that offloads, and how many do; of one model once it is known.
+    expected : int
+        Columns that the caller said the cache will hold; 0: not known.
     """
 
     valid: Tensor | None = None
     past: int = -1
     first: int = 0
     layers: int = 1
+    expected: int = 0
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,6 +21,7 @@ from eval.speed_model import ALAYA, DEVICE
 SYSTEMS = {
     **{name: ALAYA[name] for name in ("alaya", "alaya, cap 128", "alaya, 4-bit values", "alaya, block means")},
     "alaya, 8-bit store": ALAYA["alaya, 8-bit store"],
+    "alaya, cap 128, hot set of 64 MiB": ALAYA["alaya, cap 128"].replace(hot_bytes=1 << 26),
     "DIPR .012, the engine's own cap of 256": DEVICE.replace(query=DIPR(alpha=0.012)),
     "DIPR .012, cap 256, 4-bit values": DEVICE.replace(
         query=DIPR(alpha=0.012), residual={"kind": "low_bit", "key_bits": 4, "value_bits": 4}
@@ -44,7 +46,7 @@ def fidelity(
     network, tokenizer = load(model, "cpu")
     network = network.to(device, torch.float16)
     network.set_attn_implementation("sdpa")
-    results = {name: Fidelity() for name in SYSTEMS}
+    results, hits = {name: Fidelity() for name in SYSTEMS}, {name: [] for name in SYSTEMS}
     text = ""
     texts = long_contracts(data_dir, tokenizer, tokens, documents)
     with Progress() as progress:
@@ -55,8 +57,9 @@ def fidelity(
             for name, settings in SYSTEMS.items():
                 cache = prefill(network, sequence[:, :-steps], settings.replace(window=(init, local)), False)
                 follow(network, cache, sequence[:, -steps:], expected, results[name], 0)
+                hits[name].append(cache.stats()["hot_hit_rate"])
                 progress.advance(task)
-            rows = [_row(name, found) for name, found in results.items()]
+            rows = [_row(name, found, hits[name]) for name, found in results.items()]
             output.mkdir(parents=True, exist_ok=True)
             write_csv(output / "fidelity.csv", rows)
             title = (
@@ -67,10 +70,10 @@ def fidelity(
     typer.echo(text)
 
 
-def _row(name: str, found: Fidelity) -> dict[str, Any]:
-    worst = sorted(found.kl)[-1]
+def _row(name: str, found: Fidelity, hits: list[float | None]) -> dict[str, Any]:
+    worst, hits = sorted(found.kl)[-1], [rate for rate in hits if rate is not None]
     return {
         "system": name, "KL": Fidelity.mean(found.kl), "top-1": Fidelity.mean(found.top1), "worst KL": worst,
         "exact tokens per query head": Fidelity.mean(found.retrieved), "fetched per KV head": Fidelity.mean(found.fetched),
-        "predictions": len(found.kl),
+        "found in the hot set": statistics.mean(hits) if hits else None, "predictions": len(found.kl),
     }  # fmt: skip

@@ -84,3 +84,28 @@ def allocation(points: Sequence[dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def per_token(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Time per token of a whole model against context length, one line per system.
+
+    Rows have ``system``, ``tokens`` and ``ms``.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(9.5, 5.5))
+    for system in dict.fromkeys(row["system"] for row in rows):
+        points = sorted((row["tokens"], row["ms"]) for row in rows if row["system"] == system)
+        style = "o-" if system.startswith("alaya") else "s--"
+        axis.loglog([x for x, _ in points], [y for _, y in points], style, label=system, markersize=4)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("context (tokens)")
+    axis.set_ylabel("time per token (ms)")
+    axis.grid(True, which="both", alpha=0.25)
+    axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

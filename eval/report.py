@@ -28,6 +28,21 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file; numbers as numbers, empty fields as None."""
+
+    def value(text: str) -> Any:
+        for kind in (int, float):
+            try:
+                return kind(text)
+            except ValueError:
+                pass
+        return text or None
+
+    with path.open(newline="", encoding="utf-8") as handle:
+        return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(handle)]
+
+
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Rows as CSV."""
     with path.open("w", newline="", encoding="utf-8") as handle:

@@ -13,16 +13,17 @@ from typing import Annotated, Any
 import torch
 import typer
 from torch import Tensor
-from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from alaya_hf import DIPR, AlayaCache, AlayaConfig
 from alaya_hf.attention import alaya_attention, alaya_mask
 from alaya_hf.probes import Probe
+from eval import plots
 from eval.environment import describe
 from eval.random_model import SHAPES, random_model
-from eval.report import markdown, write_csv
+from eval.report import markdown, read_csv, write_csv
 
 #: The query of the speed figures: the paper's range, at most 32 exact tokens per query head, highest scores first.
 QUERY = DIPR(alpha=0.012, cap=32)
@@ -33,12 +34,16 @@ ALAYA: dict[str, AlayaConfig] = {
     "alaya, compiled blocks": DEVICE.replace(cuda_graphs="compile"),
     "alaya, no graph": DEVICE.replace(cuda_graphs="none"),
     "alaya, cap 128": DEVICE.replace(query=DIPR(alpha=0.003, cap=128)),
+    "alaya, cap 512": DEVICE.replace(query=DIPR(alpha=0.003, cap=512)),
+    "alaya, cap 512, hot set": DEVICE.replace(query=DIPR(alpha=0.003, cap=512), hot_bytes=1 << 29),
     "alaya, 4-bit values": DEVICE.replace(residual={"kind": "low_bit", "key_bits": 4, "value_bits": 4}),
     "alaya, block means": DEVICE.replace(residual={"kind": "block_means", "block": 32}),
     "alaya, 8-bit store": DEVICE.replace(store_dtype="int8"),
     "alaya, 8-bit store, compiled blocks": DEVICE.replace(store_dtype="int8", cuda_graphs="compile"),
 }
-STOCK = ("full", "static_compiled", "offloaded")
+STOCK = ("full", "static_compiled", "offloaded", "quantized_cache")
+#: Hundreds of milliseconds a token.
+SLOW = ("offloaded", "quantized_cache")
 
 
 class SystemFails(RuntimeError):
@@ -108,6 +113,11 @@ def filled(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new:
         if not model.device.type == "cuda":
             raise SystemFails("offloads from a GPU, and the model is on the CPU")
         cache = DynamicCache(config=config, offloading=True)
+    elif name == "quantized_cache":
+        try:
+            cache = QuantizedCache("quanto", config, nbits=4)
+        except ImportError as error:
+            raise SystemFails("optimum-quanto is not installed") from error
     else:
         cache = StaticCache(config=config, max_cache_len=keys.shape[2] + new + 2)
     keys, values = (x.expand(batch, -1, -1, -1) for x in (keys, values))
@@ -131,6 +141,7 @@ def measure(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new
     ------
     SystemFails
     """
+    model.set_attn_implementation(NAME if name in ALAYA else "sdpa")
     device, tokens = model.device, keys.shape[2]
     cuda = device.type == "cuda"
     if cuda:
@@ -204,12 +215,12 @@ def model(
         str, typer.Option(help="Systems, comma-separated.")
     ] = "full,offloaded,alaya,alaya, compiled blocks",
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    new: Annotated[int, typer.Option(help="Tokens to generate per system; the offloaded cache generates 10.")] = 64,
+    new: Annotated[int, typer.Option(help="Tokens to generate per system; slow ones generate 10.")] = 64,
     layers: Annotated[int, typer.Option(help="Only so many of the model's layers; 0: all.")] = 0,
     device: Annotated[str, typer.Option(help="cuda, or cpu for stock caches.")] = "cuda",
-    output: Annotated[Path, typer.Option(help="Folder for table and CSV; rows are added.")] = Path(
-        "results/speed-model"
-    ),
+    output: Annotated[
+        Path, typer.Option(help="Folder for table, CSV and plot; rows that are there stay, unless measured again.")
+    ] = Path("results/speed-model"),
 ) -> None:
     """Time per token in stock ``generate`` over a context that is already there: random weights, synthetic keys."""
     names = _names(systems)
@@ -224,15 +235,14 @@ def model(
     dtype = torch.bfloat16 if cuda else torch.float32
     with torch.cuda.device(device) if cuda else nullcontext():
         network = random_model(shape, device, dtype, layers)
-        network.set_attn_implementation(NAME)
         bandwidth = copy_bandwidth() if cuda else math.nan
-        head = f"{describe()}; {shape}{f', {layers} layers' if layers else ''}, {str(dtype)[6:]}, batch {batch}"
+        name_of = f"{shape}{f', {layers} layers' if layers else ''}, {str(dtype)[6:]}"
         rows: list[dict[str, Any]] = []
         for tokens in (int(n) for n in contexts.split(",")):
             keys, values, queries = context_of(network.config, tokens, device, dtype)
             _queries[:] = [] if queries is None else queries.unsqueeze(3)
             for name in names:
-                rows.append(_row(name, network, keys, values, batch, new))
+                rows.append({"model": name_of, **_row(name, network, keys, values, batch, new)})
                 if "ms" in rows[-1] and cuda:
                     rows[-1]["floor ms"] = floor_ms(network, rows[-1], bandwidth)
                 base = next((r.get("ms") for r in rows if r["tokens"] == tokens and r["system"] == "full"), None)
@@ -242,9 +252,10 @@ def model(
                 gc.collect()
                 if cuda:
                     torch.cuda.empty_cache()
-                typer.echo(_write(rows, head, output).splitlines()[-1])
+                _write(rows, output)
+                typer.echo(markdown(rows).splitlines()[-1])
             del keys, values
-    typer.echo(_write(rows, head, output))
+    typer.echo(_write(rows, output))
 
 
 def _names(systems: str) -> list[str]:
@@ -253,7 +264,7 @@ def _names(systems: str) -> list[str]:
 
 
 def _steps(name: str, new: int) -> int:
-    return min(new, 10) if name == "offloaded" else new
+    return min(new, 10) if name in SLOW else new
 
 
 def _row(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new: int) -> dict[str, Any]:
@@ -263,12 +274,20 @@ def _row(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new: i
         return {"tokens": keys.shape[2], "batch": batch, "system": name, "not run": str(error)}
 
 
-def _write(rows: list[dict[str, Any]], head: str, output: Path) -> str:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    rows = [{column: row.get(column) for column in columns} for row in rows]
+def _write(rows: list[dict[str, Any]], output: Path) -> str:
+    """Tables of these rows and those of earlier calls that they do not replace."""
     output.mkdir(parents=True, exist_ok=True)
-    name = f"batch-{rows[0]['batch']}"
-    write_csv(output / f"{name}.csv", rows)
-    text = f"{head}\n\n{markdown(rows)}\n"
-    (output / f"{name}.md").write_text(text, encoding="utf-8")
+    table = output / "model.csv"
+
+    def key(row: dict[str, Any]) -> tuple[str, ...]:
+        return tuple(str(row[name]) for name in ("model", "batch", "tokens", "system"))
+
+    everything = {key(row): row for row in (read_csv(table) if table.exists() else []) + rows}
+    rows = [everything[each] for each in sorted(everything, key=lambda each: (*each[:1], int(each[1]), int(each[2])))]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    rows = [{column: row.get(column) for column in columns} for row in rows]
+    write_csv(table, rows)
+    text = f"{describe()}\n\n{markdown(rows)}\n"
+    (output / "model.md").write_text(text, encoding="utf-8")
+    plots.per_token([row for row in rows if row.get("ms") and int(row["batch"]) == 1], output / "model.png")
     return text

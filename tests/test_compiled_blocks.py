@@ -16,6 +16,8 @@ from alaya_hf.compiled_blocks import compiled_blocks
 
 @pytest.mark.parametrize("implementation", ["alaya", "sdpa"])
 def test_equal_and_restored(implementation: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2

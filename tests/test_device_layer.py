@@ -54,6 +54,17 @@ def test_case_wide_range_and_chunks_equal_dense(model, tight):
 
 
 @inside
+def test_case_a_prompt_in_chunks_makes_its_store_once(model, tight, monkeypatch):
+    """``generate`` knows the length before the first chunk; decoding makes it grow again."""
+    from alaya_hf.engine.device.tokens import DeviceTokens
+
+    own, made = DeviceTokens._make_store, []
+    monkeypatch.setattr(DeviceTokens, "_make_store", lambda self, *args: made.append(args[1]) or own(self, *args))
+    cases.generate(model, AlayaCache(cases.ALL), cases.prompt(model, 100), 1, prefill_chunk_size=30)
+    assert made == [0, 96] * 2
+
+
+@inside
 def test_case_grows_out_of_min_context(model):
     cases.check_min_context(model)
 

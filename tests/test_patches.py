@@ -13,25 +13,27 @@ from transformers.modeling_utils import AttentionInterface
 
 from alaya_hf import AlayaCache
 from alaya_hf.errors import IgnoredCacheError
-from alaya_hf.patches import Patch, prompt_guard, routing
+from alaya_hf.patches import Patch, enable_once, prompt_guard, reservation, routing
 from tests.contract.caches import EXACT
 from tests.contract.models import build, prompt
 
 
-def state() -> tuple[dict[str, Any], dict[str, Any], Any]:
+def state() -> tuple[Any, ...]:
     """Everything the patches may touch."""
     return (
         dict(AttentionInterface._global_mapping),
         dict(AttentionMaskInterface._global_mapping),
         GenerationMixin.prepare_inputs_for_generation,
+        GenerationMixin.generate,
     )
 
 
 @pytest.fixture
-def off() -> tuple[dict[str, Any], dict[str, Any], Any]:
-    """Both patches off; the state of upstream."""
-    routing.disable()
-    prompt_guard.disable()
+def off() -> tuple[Any, ...]:
+    """All patches off; the state of upstream."""
+    enable_once()  # what the first AlayaCache of the process would do
+    for patch in (routing, prompt_guard, reservation):
+        patch.disable()
     return state()
 
 
@@ -40,7 +42,7 @@ def model() -> Any:
     return build("llama", "sdpa")
 
 
-@pytest.mark.parametrize("patch", [routing, prompt_guard], ids=["routing", "prompt_guard"])
+@pytest.mark.parametrize("patch", [routing, prompt_guard, reservation], ids=["routing", "prompt_guard", "reservation"])
 class TestPatch:
     def test_restores(self, off: Any, patch: Patch) -> None:
         with patch:
@@ -85,7 +87,7 @@ def test_switched_off_by_hand_stays_off(off: Any) -> None:
 
 def test_other_names_are_not_touched(off: Any) -> None:
     with routing:
-        attention, masks, _ = state()
+        attention, masks, *_ = state()
     changed = {name for name in attention if attention[name] is not off[0].get(name)}
     changed |= {name for name in masks if masks[name] is not off[1].get(name)}
     assert "sdpa" in changed and "alaya" not in changed

@@ -18,6 +18,34 @@ from alaya_hf.storage.pinned import PinnedPool
 SIZES = st.one_of(st.integers(1, 3 * SMALL), st.integers(LARGE - SMALL, 3 * LARGE))
 
 
+def test_prepared_memory_is_waited_for_and_enough():
+    """Blocks that were announced fit into what is made for them, however early they are asked for."""
+    pool = PinnedPool(cuda=False)
+    size, count = 3 * LARGE - 5, 6
+    kept = pool.allocate((LARGE,), torch.uint8)
+    pool.prepare(size, count)
+    pool.prepare(size, count)  # on its way already
+    blocks = [pool.allocate((size,), torch.uint8).fill_(i) for i in range(count)]
+    assert [int(block[0]) for block in blocks] == list(range(count)) == [int(block[-1]) for block in blocks]
+    held = pool.stats.held
+    assert held <= block_bytes(size) * (count + 1) + pinned.FIRST
+    del blocks, kept
+    gc.collect()
+    pool.prepare(size, count)  # there already
+    assert pool.stats.held == held and pool.trim() == held
+
+
+def test_what_cannot_be_prepared_is_refused_when_it_is_wanted(monkeypatch):
+    def refuse(size, cuda):
+        raise OSError("none left")
+
+    monkeypatch.setattr(pinned, "_Region", refuse)
+    pool = PinnedPool(cuda=False)
+    pool.prepare(LARGE, 4)
+    with pytest.raises(HostMemoryError, match="none left"):
+        pool.allocate((LARGE,), torch.uint8)
+
+
 class Blocks(RuleBasedStateMachine):
     """Any order of requests, against a map of the pages."""
 

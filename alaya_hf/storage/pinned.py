@@ -146,7 +146,9 @@ class PinnedPool:
         self._cuda = torch.cuda.is_available() if cuda is None else cuda
         self._blocks = BlockAllocator()
         self._regions: dict[int, _Region] = {}
-        self._lock = threading.RLock()
+        # Held for a moment only by whoever makes memory in the background, who notifies.
+        self._lock = threading.Condition(threading.RLock())
+        self._coming = 0  # bytes that are being made
         # Finalizers run wherever the garbage collector does, also inside the methods below: they only leave a note.
         self._returned: deque[int] = deque()
         self._devices: set[int] = set()
@@ -178,6 +180,54 @@ class PinnedPool:
                 weakref.finalize(block, self._returned.append, start).atexit = False
             return torch.frombuffer(block, dtype=dtype).view(tuple(shape))
 
+    def prepare(self, size: int, count: int) -> None:
+        """Begin to make room for `count` blocks of `size` bytes, in a thread; :meth:`allocate` waits for what is on its way.
+
+        Parameters
+        ----------
+        size, count : int
+            Bytes of a block, and blocks. What the pool has free counts towards them.
+
+        Notes
+        -----
+        A hint: what the host cannot hold is not made, and :meth:`allocate` says so when it is wanted.
+        """
+        block = block_bytes(size)
+        with self._lock:
+            self._collect()
+            missing = block * count - (self._blocks.held - self._blocks.used) - self._coming
+            if missing <= 0 or block < LARGE:
+                return
+            region = block * max(1, min(count, MOST // block))
+            count = -(-missing // region)
+            if region * count > self._room():
+                return
+            self._coming += region * count
+        device = torch.cuda.current_device() if self._cuda else None
+        threading.Thread(target=self._make, args=(region, count, device), name="alaya-pinned", daemon=True).start()
+
+    def _make(self, size: int, count: int, device: int | None) -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # of this thread: a context elsewhere would cost its memory
+        for left in range(count, 0, -1):
+            begin = time.perf_counter()
+            try:
+                region = _Region(size, self._cuda)
+            except (OSError, RuntimeError):
+                with self._lock:
+                    self._coming -= size * left
+                    self._lock.notify_all()
+                return
+            with self._lock:
+                self._coming -= size
+                self._add(region, begin)
+                self._lock.notify_all()
+
+    def _add(self, region: _Region, begin: float) -> None:
+        self._seconds += time.perf_counter() - begin
+        self._blocks.add(region.start, region.size)
+        self._regions[region.start] = region
+
     def trim(self) -> int:
         """Give regions of which nothing is used back to the system; returns their bytes."""
         with self._lock:
@@ -203,7 +253,7 @@ class PinnedPool:
         """
         with self._lock:
             self._collect()
-            if size > self._blocks.held - self._blocks.used + self._room():
+            if size > self._blocks.held - self._blocks.used + max(self._coming, self._room()):
                 raise self._error(size, what)
 
     @property
@@ -225,6 +275,9 @@ class PinnedPool:
     def _take(self, size: int) -> tuple[int, _Region]:
         self._collect()
         start = self._blocks.allocate(size)
+        while start is None and self._coming >= block_bytes(size):
+            self._lock.wait()
+            start = self._blocks.allocate(size)
         if start is None:
             self._grow(size)
             start = self._blocks.allocate(size)
@@ -279,9 +332,7 @@ class PinnedPool:
                 failure = error
         else:
             raise self._error(size, "pinned memory", failure) from failure
-        self._seconds += time.perf_counter() - begin
-        self._blocks.add(region.start, region.size)
-        self._regions[region.start] = region
+        self._add(region, begin)
 
     def _error(self, size: int, what: str, cause: Exception | None = None) -> HostMemoryError:
         free, blocks, gib = memory.available_host_memory(), self._blocks, memory.GIB

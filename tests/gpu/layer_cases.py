@@ -234,17 +234,21 @@ def check_wide_query(model: Any) -> None:
 
 
 def check_greedy(model: Any, ids: Tensor, new: list[list[int]]) -> None:
-    """Every token is the dense model's best, up to twice what the model's precision does to its logits."""
+    """Every token is the dense model's best, as far as two implementations of the model's precision can tell.
+
+    A logit may be off by twice what the plain low-precision model's is, and both the chosen token's and the best one's may.
+    Nearly all tokens must be the exact best nevertheless: ties within the precision are rare.
+    """
     text = torch.cat([ids, torch.tensor(new, device=ids.device)], dim=1)
     exact_model = copy.deepcopy(model).float()
     with torch.no_grad():
         exact, plain = exact_model(text).logits, model(text).logits.float()
     here = slice(ids.shape[1] - 1, text.shape[1] - 1)
     exact, plain = exact[:, here], plain[:, here]
-    slack = 2 * (plain - exact).abs().amax(dim=-1).max()
+    allowed = 2 * (plain - exact).abs().max()
     chosen = exact.gather(2, text[:, ids.shape[1] :, None])[..., 0]
     best, first = exact.max(dim=-1)
-    assert (best - chosen).max() <= 2 * slack
+    assert (best - chosen).max() <= 2 * allowed
     assert (first == text[:, ids.shape[1] :]).float().mean() >= 0.95
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 
-@lru_cache(maxsize=16)
-def _copy_stream(device: torch.device) -> torch.cuda.Stream:
+@lru_cache(maxsize=32)
+def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
+    """A device's stream for copies: ``"read"`` from host memory, ``"write"`` to it, which the bus carries both at once."""
     return torch.cuda.Stream(device)
 
 
@@ -46,7 +47,7 @@ def stream_blocks(sources: Sequence[Tensor], device: torch.device) -> Iterator[T
         return (source.to(device) for source in sources)
     heads, _, *tail = sources[0].shape
     size = max(source.shape[1] for source in sources)
-    main, side = torch.cuda.current_stream(device), _copy_stream(device)
+    main, side = torch.cuda.current_stream(device), side_stream(device, "read")
     buffers = [torch.empty(heads, size, *tail, dtype=sources[0].dtype, device=device) for _ in sources[:2]]
     for buffer in buffers:
         buffer.record_stream(side)  # whoever gives up half-way must not free what a copy still writes to

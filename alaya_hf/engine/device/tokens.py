@@ -13,7 +13,7 @@ from torch import Tensor
 from alaya_hf.config import WindowConfig
 from alaya_hf.engine.device.plan import DevicePlan
 from alaya_hf.engine.device.shared import DeviceShared, after_step, constant
-from alaya_hf.engine.device.stream import stream_blocks
+from alaya_hf.engine.device.stream import side_stream, stream_blocks
 from alaya_hf.engine.prefill import PrefillPass
 from alaya_hf.errors import AlayaError, NonFiniteError
 from alaya_hf.kernels.gpu.host_memory import device_view
@@ -51,6 +51,17 @@ class OffloadedBlocks:
     rows: list[int]
     arriving: Iterator[Tensor]
     nbytes: int
+
+
+@dataclass
+class Arrival:
+    """New tokens of a layer, padding left out: keys and values ``[kv_heads, n, head_dim]`` of each row.
+
+    `finite` waits until the device has looked at them, not for what it was given to do since.
+    """
+
+    rows: list[tuple[Tensor, Tensor]]
+    finite: Callable[[], bool]
 
 
 class DeviceTokens:
@@ -102,12 +113,15 @@ class DeviceTokens:
         self.counts, self.lows = [0] * batch, [0] * batch
         self.window_k, self.window_v = self._make_window(self._ring_for(0))
         self.records = layout.allocate(batch, kv_heads, TILE, device)
+        # When the copies to the store will be done that the current stream does not know of.
+        self._written: torch.cuda.Event | None = None
         self._set_store(self._make_store(batch, 0))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTokens:
+        self.settle()
         copy = object.__new__(DeviceTokens)
         copy.__dict__.update(self.__dict__)
-        copy.counts, copy.lows, copy.hot = list(self.counts), list(self.lows), None
+        copy.counts, copy.lows, copy.hot, copy._written = list(self.counts), list(self.lows), None, None
         with torch.inference_mode(False):  # what is made in inference mode could not be written to later
             copy.window_k, copy.window_v = self.window_k.clone(), self.window_v.clone()
             copy.records = self.records.clone()
@@ -214,6 +228,9 @@ class DeviceTokens:
         """Pinned host memory for `capacity` tokens, checked for `layers` such layers, which give places back one by one."""
         places = layers * batch * (capacity - given_back) + batch * given_back
         pinned_pool().check_room(places * self.token_bytes, "the offloaded context")
+        if layers > 1 and self.device.type == "cuda":
+            # Made while the device works on the layers before.
+            pinned_pool().prepare(batch * (capacity - given_back) * self.token_bytes, layers)
         return pinned_pool().allocate((batch, self.kv_heads, capacity, *self.form.tail), self.form.dtype)
 
     @_on_its_device
@@ -230,24 +247,34 @@ class DeviceTokens:
     def _copied_store(self, batch: int, capacity: int, rows: list[int], layers: int = 1) -> Tensor:
         """A new store whose row ``i`` holds what row ``rows[i]`` does."""
         store = self._make_store(batch, capacity, layers, min(self.capacity, capacity))
-        self._wait()
+        if any(self._places(self.counts[source]) for source in rows):
+            self._wait()
         for row, source in enumerate(rows):
             used = self._places(self.counts[source])
             store[row, :, :used] = self.store[source, :, :used]
         return store
 
+    def settle(self) -> None:
+        """Let the current stream wait for the copies to the store; everything that reads it comes after this."""
+        if self._written is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._written)
+            self._written = None
+
     def _wait(self) -> None:
         """Until the device has written what the host is about to read."""
         if self.device.type == "cuda":
+            self.settle()
             torch.cuda.current_stream(self.device).synchronize()
 
-    def reserve(self, places: int, low: int, layers: int = 1) -> None:
+    def reserve(self, places: int, low: int, layers: int = 1, expected: int = 0) -> None:
         """Make room for `places` tokens in the store and `low` in the low-bit copy.
 
         Parameters
         ----------
         layers : int
             Layers that are about to need as much: refuse now if the host cannot hold them all.
+        expected : int
+            Places that will be needed as far as one knows: if the store has to grow, as far as that.
 
         Raises
         ------
@@ -256,6 +283,7 @@ class DeviceTokens:
         """
         batch, capacity = len(self.counts), self.store.shape[2]
         if places > capacity:
+            places = max(places, expected)
             capacity = max(places + (_STORE_SLACK if places > _STORE_SLACK else 0), capacity + capacity // 2)
             capacity = -(-capacity // _STORE_STEP) * _STORE_STEP
             self._set_store(self._copied_store(batch, capacity, list(range(batch)), layers))
@@ -273,11 +301,23 @@ class DeviceTokens:
             here = slice(begin, begin + _PACK_BLOCK)
             rows = self.form.pack(keys[:, here], values[:, here])
             place = start + begin
-            for target, source in zip(self.store[row, :, place : place + rows.shape[1]], rows, strict=True):
-                target.copy_(source, non_blocking=True)
+            target = self.store[row, :, place : place + rows.shape[1]]
+            if self.device.type != "cuda":
+                target.copy_(rows)
+                continue
+            # Beside what the device goes on with: the next layers'.
+            main, side = torch.cuda.current_stream(self.device), side_stream(self.device, "write")
+            side.wait_stream(main)
+            rows.record_stream(side)
+            with torch.cuda.stream(side):
+                for to, source in zip(target, rows, strict=True):
+                    to.copy_(source, non_blocking=True)
+                self._written = torch.cuda.Event()
+                self._written.record(side)
 
     def read_store(self, row: int, start: int, stop: int) -> Tensor:
         """Places of a row on the device: ``[kv_heads, stop - start, 2, head_dim]`` in the model's dtype."""
+        self.settle()
         shape = (self.kv_heads, max(0, stop - start), *self.form.tail)
         rows = torch.empty(shape, dtype=self.form.dtype, device=self.device)
         for target, source in zip(rows, self.store[row, :, start : start + shape[1]], strict=True):
@@ -311,8 +351,8 @@ class DeviceTokens:
     # Taking tokens in -------------------------------------------------------------------------------------------------
 
     @_on_its_device
-    def append(self, keys: Tensor, values: Tensor, valid: Tensor | None, columns: int, layers: int = 1) -> int:
-        """Take in new columns; the oldest recent tokens go to the low-bit copy in whole tiles.
+    def arrive(self, keys: Tensor, values: Tensor, valid: Tensor | None) -> Arrival:
+        """New columns for :meth:`append`; the device begins to look whether they are finite.
 
         Parameters
         ----------
@@ -320,10 +360,44 @@ class DeviceTokens:
             ``[batch, kv_heads, m, head_dim]``.
         valid : Tensor or None
             ``[batch, m]`` bool on the host, false where padding.
+        """
+        rows = []
+        for row in range(len(self.counts)):
+            k, v = keys[row], values[row]
+            if valid is not None:
+                chosen = valid[row].nonzero().flatten().to(self.device)
+                k, v = k.index_select(1, chosen), v.index_select(1, chosen)
+            rows.append((k, v))
+        seen = [torch.isfinite(x).all() for pair in rows for x in pair if x.numel()]
+        if not seen:
+            return Arrival(rows, lambda: True)
+        answer = torch.stack(seen).all()
+        if self.device.type != "cuda":
+            return Arrival(rows, lambda: bool(answer))
+        told, event = torch.empty((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+        told.copy_(answer, non_blocking=True)
+        event.record()
+
+        def finite() -> bool:
+            event.synchronize()
+            return bool(told)
+
+        return Arrival(rows, finite)
+
+    @_on_its_device
+    def append(self, arrival: Arrival, columns: int, layers: int = 1, expected: int = 0) -> int:
+        """Take in new columns; the oldest recent tokens go to the low-bit copy in whole tiles.
+
+        Parameters
+        ----------
+        arrival : Arrival
+            From :meth:`arrive`.
         columns : int
             Columns with the new ones.
         layers : int
             See :meth:`reserve`.
+        expected : int
+            Columns that there will be, as far as one knows; 0: nothing is known.
 
         Returns
         -------
@@ -334,23 +408,19 @@ class DeviceTokens:
         ------
         NonFiniteError
         HostMemoryError
-            Both before anything has changed.
+            Both before anything but room has changed.
         """
-        new = []
-        for row in range(len(self.counts)):
-            k, v = keys[row], values[row]
-            if valid is not None:
-                chosen = valid[row].nonzero().flatten().to(self.device)
-                k, v = k.index_select(1, chosen), v.index_select(1, chosen)
-            new.append((k, v))
-        if not all(bool(torch.isfinite(x).all()) for pair in new for x in pair if x.numel()):
-            raise NonFiniteError(
-                f"{keys.shape[2]} new tokens have keys or values that are infinite or not a number, which would spoil every "
-                "later answer. Expected finite vectors: check the model's precision (float16 overflows; try bfloat16)."
-            )
+        new = arrival.rows
         counts = [count + k.shape[1] for count, (k, _) in zip(self.counts, new, strict=True)]
         lows = [self._low_for(count, columns) for count in counts]
-        self.reserve(self._places(max(counts)), max(lows), layers)
+        # Before the host waits for the device: memory is made meanwhile.
+        self.reserve(self._places(max(counts)), max(lows), layers, self._places(expected))
+        if not arrival.finite():
+            raise NonFiniteError(
+                f"{max(k.shape[1] for k, _ in new)} new tokens have keys or values that are infinite or not a number, which "
+                "would spoil every later answer. Expected finite vectors: check the model's precision (float16 overflows; try "
+                "bfloat16)."
+            )
         recent, moved = [], 0
         for row, (k, v) in enumerate(new):
             count = self.counts[row]
@@ -390,6 +460,7 @@ class DeviceTokens:
         spans = [
             (row, start, min(low, start + size)) for row, low in enumerate(self.lows) for start in range(0, low, size)
         ]
+        self.settle()
         sources = [self.store[row, :, start:stop] for row, start, stop in spans]
         moved = sum(stop - start for _, start, stop in spans) * self.token_bytes
         return OffloadedBlocks([row for row, _, _ in spans], stream_blocks(sources, self.device), moved)
@@ -449,11 +520,12 @@ class DeviceTokens:
         HostMemoryError
             Before anything has changed.
         """
+        self.settle()
         batch = len(self.counts)
         if self.ring != self._ring_for(columns) or self.lows != [self._low_for(c, columns) for c in self.counts]:
             # The context has outgrown `min_context`, or the ring.
             nothing = k.new_empty(batch, self.kv_heads, 0, self.layout.head_dim)
-            self.append(nothing, nothing, None, columns)
+            self.append(self.arrive(nothing, nothing, None), columns)
         counts, lows = self.after()
         self.reserve(max(1, self._places(max(counts))), max(lows), layers)
         hot = self._hot_set(plan)
