@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
+import torch
 
-from alaya_hf.storage.allocators.arena import Arena
-from alaya_hf.storage.allocators.base import Extents, KVPool
+from alaya_hf.storage.allocators.arena import Arena, open_arena
+from alaya_hf.storage.allocators.base import Allocator, Extents, KVPool, check_positive
 from alaya_hf.storage.allocators.shape import KVShape
 
 
@@ -138,3 +140,28 @@ class BlockedPool(KVPool[_State]):
             self._copy_block(source, target, min(self.block, state.length - place * self.block))
         self._references[old] -= 1
         state.table[places] = new
+
+
+@dataclass(frozen=True)
+class BlockedAllocator(Allocator):
+    """A strategy over blocks of a fixed number of tokens.
+
+    Parameters
+    ----------
+    block : int
+        Tokens per block.
+    """
+
+    pool: ClassVar[type[BlockedPool]]
+
+    block: int = 16
+
+    def __post_init__(self) -> None:
+        check_positive(self, "block")
+
+    def open(
+        self, shape: KVShape, capacity: int, device: torch.device | str | None = None, pinned: bool = False
+    ) -> BlockedPool:
+        """See :meth:`Allocator.open`."""
+        where = None if device is None else torch.device(device)
+        return self.pool(shape, open_arena(capacity, where, pinned), self.block)

@@ -6,12 +6,10 @@ from collections import deque
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from alaya_hf.registry import ALLOCATORS
-from alaya_hf.storage.allocators.arena import Arena, open_arena
-from alaya_hf.storage.allocators.base import Allocator, check_positive
-from alaya_hf.storage.allocators.blocked import BlockedPool
+from alaya_hf.storage.allocators.arena import Arena
+from alaya_hf.storage.allocators.blocked import BlockedAllocator, BlockedPool
 from alaya_hf.storage.allocators.shape import KVShape
 
 
@@ -50,7 +48,7 @@ class PagedPool(BlockedPool):
 
 @ALLOCATORS.register("paged")
 @dataclass(frozen=True)
-class Paged(Allocator):
+class Paged(BlockedAllocator):
     """Block table, reference counts and copy-on-write of PagedAttention (arXiv 2309.06180, section 4).
 
     Free blocks form a queue, as in vLLM: the one that came back first goes out first, so that after a while neighbours in a
@@ -63,14 +61,4 @@ class Paged(Allocator):
         Tokens per block.
     """
 
-    block: int = 16
-
-    def __post_init__(self) -> None:
-        check_positive(self, "block")
-
-    def open(
-        self, shape: KVShape, capacity: int, device: torch.device | str | None = None, pinned: bool = False
-    ) -> PagedPool:
-        """See :meth:`Allocator.open`."""
-        where = None if device is None else torch.device(device)
-        return PagedPool(shape, open_arena(capacity, where, pinned), self.block)
+    pool = PagedPool

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from alaya_hf.registry import ALLOCATORS
-from alaya_hf.storage.allocators.arena import Arena, open_arena
-from alaya_hf.storage.allocators.base import Allocator, check_positive
-from alaya_hf.storage.allocators.blocked import BlockedPool
+from alaya_hf.storage.allocators.arena import Arena
+from alaya_hf.storage.allocators.blocked import BlockedAllocator, BlockedPool
 from alaya_hf.storage.allocators.shape import KVShape
 from alaya_hf.storage.runs import FreeRuns
 
@@ -52,7 +50,7 @@ class SegmentPool(BlockedPool):
 
 @ALLOCATORS.register("segment")
 @dataclass(frozen=True)
-class Segmented(Allocator):
+class Segmented(BlockedAllocator):
     """FlowKV's allocation (arXiv 2504.03775, section 3): best fit over free runs, neighbours joined on return.
 
     A sequence grows into the blocks behind its last one where they are free. Otherwise the smallest run that is large enough
@@ -64,14 +62,4 @@ class Segmented(Allocator):
         Tokens per block.
     """
 
-    block: int = 16
-
-    def __post_init__(self) -> None:
-        check_positive(self, "block")
-
-    def open(
-        self, shape: KVShape, capacity: int, device: torch.device | str | None = None, pinned: bool = False
-    ) -> SegmentPool:
-        """See :meth:`Allocator.open`."""
-        where = None if device is None else torch.device(device)
-        return SegmentPool(shape, open_arena(capacity, where, pinned), self.block)
+    pool = SegmentPool
