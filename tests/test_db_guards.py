@@ -208,6 +208,22 @@ class TestCatalog:
         with pytest.raises(CorruptStoreError, match="contradicts itself"):
             catalog.longest("n", {}, np.array([9, 9, 9, 9, 9], np.int32))
 
+    def test_a_schema_that_is_no_text(self, tmp_path):
+        """Sqlite's own complaint about it cannot be decoded either."""
+        path = tmp_path / "catalog.sqlite"
+        Catalog(path).close()
+        whole = path.read_bytes()
+        places = [at for at in range(len(whole)) if whole.startswith(b"CREATE", at)]
+        assert places
+        for at in (place + offset for place in places for offset in (0, 9, 30)):
+            path.write_bytes(whole[:at] + b"\xa0" + whole[at + 1 :])
+            try:
+                Catalog(path).close()
+            except (CorruptStoreError, StoreError):
+                pass
+        path.write_bytes(whole)
+        Catalog(path).close()
+
     def test_a_log_that_cannot_be_read_along(self, tmp_path, monkeypatch):
         import sqlite3
 

@@ -274,7 +274,7 @@ class Catalog:
                 "process meanwhile. Nothing "
                 "was changed; try again."
             ) from error
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # names that are no text any more
             raise CorruptStoreError(
                 f"the catalog {self.path} is damaged ({error}). Restore it from a copy, or start a new store; the segments "
                 "cannot be told apart without it."
