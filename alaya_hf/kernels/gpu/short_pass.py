@@ -17,8 +17,8 @@ from alaya_hf.kernels.gpu.window_rows import window_rows_attention
 SCORES_LIMIT = 1 << 29
 
 
-def positions_at_a_time(batch: int, heads: int, tokens: int, new: int, limit: int = SCORES_LIMIT) -> int:
-    """Positions of a pass whose scores, 2 bytes per query head and token, stay within `limit`, in shares as even as it gets.
+def positions_at_a_time(batch: int, heads: int, tokens: int, new: int) -> int:
+    """Positions of a pass whose scores, 2 bytes per query head and token, stay within :data:`SCORES_LIMIT`, in shares as even as it gets.
 
     One position is always worked on, as in a step of one token.
 
@@ -31,7 +31,7 @@ def positions_at_a_time(batch: int, heads: int, tokens: int, new: int, limit: in
     new : int
         Positions of the pass.
     """
-    most = max(1, min(new, limit // max(1, 2 * batch * heads * tokens)))
+    most = max(1, min(new, SCORES_LIMIT // max(1, 2 * batch * heads * tokens)))
     return -(-new // -(-new // most))
 
 
