@@ -72,7 +72,9 @@ def test_append(case):
         cases.check_append(case, new)
 
 
-@pytest.mark.parametrize("new, positions, beta, union", [(5, 2, 20.0, True), (33, 33, cases.INF, False), (32, 16, 50.0, True)])
+@pytest.mark.parametrize(
+    "new, positions, beta, union", [(5, 2, 20.0, True), (33, 33, cases.INF, False), (32, 16, 50.0, True)]
+)
 def test_short_pass(case, new, positions, beta, union):
     cases.check_window_rows(case, new, new - positions, positions)
     cases.check_short_pass(case, new, positions, beta, union)

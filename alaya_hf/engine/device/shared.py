@@ -18,8 +18,8 @@ class Counters:
     """Tokens held and tokens in the low-bit copy, per row, on the device, mirrored on the host.
 
     A step's kernels read the device's numbers; nobody ever reads them back. Every layer says where it stands before its
-    step: the first layer of a step finds the numbers the tokens of the last pass behind and lets the device count on, the others find them
-    right.
+    step: the first layer of a pass finds the numbers behind by what the last pass took in and lets the device count on, the
+    others find them right.
 
     Parameters
     ----------

@@ -576,7 +576,7 @@ class DeviceTokens:
 
     def _prepare(
         self, heads: int, new: int, plan: DevicePlan, shared: DeviceShared, columns: int, layers: int, hot: HotSet | None
-    ) -> tuple[Workspace, Counters]:
+    ) -> tuple[Workspace, Counters]:  # fmt: skip
         """Room for new tokens, the buffers to work in, and the device's numbers brought to where this layer stands."""
         self.settle()
         batch = len(self.counts)

@@ -418,7 +418,9 @@ def check_append(case: Case, new: int = 70) -> None:
     for i in range(new):
         window.window_attention_reference(case.q, k[:, :, i], v[:, :, i], step_keys, step_values, views[1], total, low, step.best,
                                           step.acc, step.ml, 0, case.init, case.scaling)  # fmt: skip
-        quantise.extend_lowbit_reference(step_keys, step_values, records[1], total, low, case.init, case.local, *case.bits)
+        quantise.extend_lowbit_reference(
+            step_keys, step_values, records[1], total, low, case.init, case.local, *case.bits
+        )
         window.advance(total, low, case.init, case.local, room)
     counted = case.total.clone(), case.low.clone()
     window.advance(*counted, case.init, case.local, room, new)

@@ -205,12 +205,13 @@ def gather_attention_reference(
     """:func:`gather_attention` in plain torch, float32: one partial, the others empty."""
     batch, heads, group, cap = ids.shape
     if positions > 1:
-        for x in zip(
-            q.view(batch, heads, positions, group // positions, -1).unbind(2),
-            *(t.chunk(positions, 2) for t in (ids, counts, thresholds, limits, scores, acc, ml, fetched)), strict=True,
-        ):  # fmt: skip
-            gather_attention_reference(store, x[0].flatten(1, 2), *x[1:6], records, *x[6:], slot0, scaling, key_bits,
-                                       value_bits, union, replace)  # fmt: skip
+        queries = q.view(batch, heads, positions, group // positions, -1)
+        parts = (x.chunk(positions, 2) for x in (ids, counts, thresholds, limits, scores, acc, ml, fetched))
+        for i, (of_ids, count, threshold, limit, score, sums, weight, reads) in enumerate(zip(*parts, strict=True)):
+            gather_attention_reference(
+                store, queries[:, :, i].flatten(1, 2), of_ids, count, threshold, limit, score, records, sums, weight, reads,
+                slot0, scaling, key_bits, value_bits, union, replace,
+            )  # fmt: skip
         return
     d, n = q.shape[2], scores.shape[3]
     place = torch.arange(cap, device=ids.device) < counts.unsqueeze(-1)

@@ -12,7 +12,6 @@ from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.op import LOG2E, check, next_power_of_2, operator
 from alaya_hf.kernels.gpu.unpack import constants, load_keys, load_values
 
-
 _ROWS = 64  # most query rows of one program of the Triton kernel
 
 
@@ -115,7 +114,8 @@ def lowbit_pass(
 
     Notes
     -----
-    Cost: one read of the records for up to 64 rows; for more, blocks that read the same records run side by side. Weights come from the float16 scores, so that the gather can reproduce them.
+    Cost: one read of the records for up to 64 rows; for more, blocks that read the same records run side by side. Weights
+    come from the float16 scores, so that the gather can reproduce them.
     """
     batch, heads, capacity, _ = records.shape
     d = q.shape[2]

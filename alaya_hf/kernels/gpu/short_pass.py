@@ -18,9 +18,9 @@ SCORES_LIMIT = 1 << 29
 
 
 def positions_at_a_time(batch: int, heads: int, tokens: int, new: int) -> int:
-    """Positions of a pass whose scores, 2 bytes per query head and token, stay within :data:`SCORES_LIMIT`, in shares as even as it gets.
+    """Positions of a pass whose scores stay within :data:`SCORES_LIMIT`, in shares as even as it gets.
 
-    One position is always worked on, as in a step of one token.
+    A score takes 2 bytes per query head and token. One position is always worked on, as in a step of one token.
 
     Parameters
     ----------
@@ -79,7 +79,9 @@ def short_pass(
         count = min(work.positions, new - start)
         part = work if count == work.positions else work.first(count)
         rows = by_position[:, :, start : start + count].reshape(batch, -1, d).contiguous()
-        _attend(part, rows, k, v, window_k, window_v, store, records, total, low, init, start, scaling, beta, ratio, union, bits)
+        _attend(
+            part, rows, k, v, window_k, window_v, store, records, total, low, init, start, scaling, beta, ratio, union, bits
+        )  # fmt: skip
         here = slice(start, start + count)
         out[:, :, :, here] = part.out.view(batch, kv_heads, count, work.group, d).transpose(2, 3)
         lse[:, :, :, here] = part.lse.view(batch, kv_heads, count, work.group).transpose(2, 3)

@@ -77,9 +77,7 @@ class Workspace:
         self.thresholds = make(*rows)
         self.limits = make(*rows, dtype=torch.int32)
         self.chosen = make(*rows, next_power_of_2(self.cap), dtype=torch.int32)
-        self.fetched = make(
-            self.batch, self.kv_heads, self.positions * max(1, self.gather_parts), dtype=torch.int32
-        )
+        self.fetched = make(self.batch, self.kv_heads, self.positions * max(1, self.gather_parts), dtype=torch.int32)
         self.out = make(self.batch, self.kv_heads * rows[2], self.layout.head_dim, dtype=self.dtype)
         self.lse = make(self.batch, self.kv_heads * rows[2])
         if self.hot is not None:
