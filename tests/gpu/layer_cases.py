@@ -263,11 +263,15 @@ def check_short_pass(
         assert (found - truth).abs().max() <= 2 * (plain - truth).abs().max() + 1e-4
     else:
         assert 0 < (found - truth).square().mean() <= 1.05 * (steps - truth).square().mean()
-    if mine.lows == low:
-        torch.testing.assert_close(found, steps, atol=4e-3, rtol=4e-3)
+
+    def alike(x: Tensor, y: Tensor) -> bool:
+        # Rounding, and now and then a token that just is, or just is not, among the best: far from what estimates err.
+        return bool((x.float() - y.float()).square().mean() <= 5e-4 * truth.square().mean())
+
+    assert mine.lows != low or alike(found, steps)
     # The next step finds everything in its place.
     after = [attend(each, q[:, :, -1:], k[:, :, -1:], v[:, :, -1:]) for each in (layer, twin)]
-    torch.testing.assert_close(*after, atol=4e-3, rtol=4e-3)
+    assert alike(*after)
 
 
 def check_short_passes(model: Any) -> None:
@@ -314,7 +318,8 @@ def check_captured_passes(model: Any) -> None:
         cache, found = AlayaCache(DEFAULT.replace(cuda_graphs=how)), []
         logits(model, cache, ids[:, :100])
         for start in range(100, 200, 10):
-            found += [logits(model, cache, ids[:, start : start + 10])]
+            with torch.no_grad():
+                found += [model(input_ids=ids[:, start : start + 10], past_key_values=cache).logits.float()]
             if start == 150:
                 found += [logits(model, cache, ids[:, 250:251])]
                 cache.crop(-21)

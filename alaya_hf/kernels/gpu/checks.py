@@ -410,7 +410,7 @@ def check_append(case: Case, new: int = 70) -> None:
     shape = (case.b, case.h, max(case.counts) + new, *case.form.tail)
     stores = [torch.zeros(shape, dtype=case.form.dtype, pin_memory=case.device.type == "cuda") for _ in range(2)]
     views = [case.on_device(store) for store in stores]
-    records = [torch.nn.functional.pad(case.records, (0, 0, 0, 0)) for _ in range(2)]
+    records = [case.records.clone() for _ in range(2)]
     work = _pass_work(case, new, 1)
     append.append_tokens(k, v, keys, values, views[0], records[0], case.total, case.low, work.left_k, work.left_v,
                          work.first_tile, work.leaving, case.init, case.local, *case.bits)  # fmt: skip
@@ -469,7 +469,7 @@ def check_short_pass(case: Case, new: int = 5, positions: int = 2, beta: float =
 def check_pass_of_many_rows(case: Case, positions: int, beta: float = INF) -> None:
     """The low-bit pass over the rows of several positions: :func:`check_pass` of a case whose heads they are."""
     many = copy.copy(case)
-    many.g, many.positions = case.g * positions, positions
+    many.g, many.positions, many.cap = case.g * positions, positions, 1  # the gather is not asked
     many.q = (2 * torch.randn(case.b, case.h * many.g, case.d, device=case.device)).to(case.dtype)
     check_pass(many, beta)
 
