@@ -1,4 +1,4 @@
-"""The decode step of a whole model as one CUDA graph, behind an ordinary cache."""
+"""The decode step of a whole model, or a pass of a few tokens, as one CUDA graph, behind an ordinary cache."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class _Inputs:
     def of(cls, model: Any, kwargs: Mapping[str, Any], columns: int) -> _Inputs | None:
         """None where a graph could not stand in for the call."""
         ids = kwargs.get("input_ids")
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] != 1 or not ids.is_cuda:
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or not ids.shape[1] or not ids.is_cuda:
             return None
         fixed: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
@@ -68,8 +68,14 @@ class _Inputs:
                 return None  # its positions are not the cache's length
             # The model would take it from the cache's length, a number on the host.
             fixed.pop("position_ids", None)
-            tensors["position_ids"] = torch.full_like(ids, columns)
+            positions = torch.arange(columns, columns + ids.shape[1], device=ids.device, dtype=ids.dtype)
+            tensors["position_ids"] = positions.expand_as(ids).contiguous()
         return cls(fixed, tensors)
+
+    @property
+    def new(self) -> int:
+        """Tokens of each row."""
+        return self.tensors["input_ids"].shape[1]
 
     def key(self, model: Any) -> tuple[Any, ...]:
         """What a graph was captured for."""
@@ -150,6 +156,7 @@ class DecodeGraph:
 
     def __init__(self, model: Any, forward: Forward, inputs: _Inputs, cache: Any, blocks: Any) -> None:
         self.layers: list[DeviceLayer] = cache.alaya_layers
+        self.new = inputs.new
         self.key, self.stamp, self.model = inputs.key(model), _stamp(model), weakref.ref(model)
         self.groups = self._grouped(cache)
         self.held = [tokens.buffers for tokens in self._tokens()]
@@ -168,7 +175,7 @@ class DecodeGraph:
                 output = forward(model, **inputs.fixed, **self.inputs, past_key_values=cache)
                 for group in self.groups:
                     first = group.tokens[0]
-                    group.counters.count_on_device(first.init, first.keeps, first.room)
+                    group.counters.count_on_device(first.init, first.keeps, first.room, self.new)
         finally:
             # Nothing ran: the host's numbers are what they were.
             for layer, columns, valid in before:
@@ -214,7 +221,7 @@ class DecodeGraph:
         columns = self.layers[0]._columns
         for group in self.groups:
             first = group.tokens[0]
-            if not first.settled(columns) or any(
+            if not first.settled(columns, self.new) or any(
                 t.counts != first.counts or t.lows != first.lows for t in group.tokens
             ):
                 return False
@@ -232,15 +239,24 @@ class DecodeGraph:
             group.counters.forget()
         self.graph.replay()
         for group in self.groups:
-            counts, lows = group.tokens[0].after()
+            counts, lows = group.tokens[0].after(self.new)
             group.counters.counted(counts, lows)
             for tokens in group.tokens:
                 tokens.counts, tokens.lows = counts, lows
         for layer in self.layers:
-            layer._count(1, None)
+            layer._count(self.new, None)
         # The next replay overwrites the graph's own tensors.
         found = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, self.output)
         return self.kind(**found, **({"past_key_values": cache} if self.returns_cache else {}))
+
+
+@dataclass
+class _Kept:
+    """A graph, or how far it is from being captured: the last call's key and buffers, and how often they were the same."""
+
+    graph: DecodeGraph | None = None
+    last: tuple[Any, list[tuple[Any, ...]]] | None = None
+    warm: int = 0
 
 
 class DecodeGraphs:
@@ -250,6 +266,9 @@ class DecodeGraphs:
     runs with compiled blocks. The next one is captured, and replayed from then on while its buffers stay what they are.
     Cropping leaves the graph valid; a longer context than there was room for, other rows (beams) or another model do not, and
     the step is captured again once two steps in a row have had the same buffers.
+
+    Passes of several tokens that retrieve (up to ``max_sparse_queries``: drafts to verify, questions of one length) have a graph
+    of their own, without compiled blocks, for the last number of tokens that came twice. It keeps its buffers.
 
     Parameters
     ----------
@@ -263,10 +282,8 @@ class DecodeGraphs:
         # A model calls the models in it, with the same cache.
         self._inside = False
         self.captures = self.replays = 0
-        self._graph: DecodeGraph | None = None
-        self._last: tuple[Any, list[tuple[Any, ...]]] | None = None
-        self._warm = 0
-        self._off = False
+        self._step_graph, self._pass_graph = _Kept(), _Kept()
+        self._off = self._only_steps = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DecodeGraphs:
         """A copy of the cache has other buffers."""
@@ -274,8 +291,8 @@ class DecodeGraphs:
         return copy
 
     def drop(self) -> None:
-        """Free the graph and its memory."""
-        self._graph, self._last, self._warm = None, None, 0
+        """Free the graphs and their memory."""
+        self._step_graph, self._pass_graph = _Kept(), _Kept()
 
     def _serves(self, cache: Any, model: Any) -> bool:
         if self._off or torch.is_grad_enabled() or torch.compiler.is_compiling() or not _one_device(model):
@@ -315,38 +332,48 @@ class DecodeGraphs:
         inputs, mask = _Inputs.of(model, kwargs, columns), kwargs.get("attention_mask")
         if inputs is None or (mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2)):
             return forward(model, **kwargs)
-        key = inputs.key(model)
-        if not (generated and self._graph is not None):
+        new, key = inputs.new, inputs.key(model)
+        if new > 1 and (self._only_steps or any(new > layer.config.max_sparse_queries for layer in cache.layers)):
+            return forward(model, **kwargs)
+        kept = self._step_graph if new == 1 else self._pass_graph
+        if not (generated and kept.graph is not None):
             # Looking at a mask waits for the device.
-            cache.note_mask(mask, 1, columns + 1)
+            cache.note_mask(mask, new, columns + new)
             if cache._forward.valid is not None:
                 return forward(model, **kwargs)
-        if self._graph is not None:
-            if self._graph.fits(key, model, not generated):
+        if kept.graph is not None:
+            if kept.graph.fits(key, model, not generated):
                 self.replays += 1
-                return self._graph.replay(inputs, cache)
-            self.drop()
+                return kept.graph.replay(inputs, cache)
+            if new == 1 or kept.graph.key == key:
+                self.drop()  # another model or other buffers: no graph is worth keeping
+                kept = self._step_graph if new == 1 else self._pass_graph
+            else:
+                kept = self._pass_graph = _Kept()
         tokens = [layer.tokens for layer in cache.layers]
         buffers = [each.buffers for each in tokens]
-        same = self._last is not None and self._last[0] == key and _same(self._last[1], buffers)
-        settled = all(each.settled(columns) for each in tokens)
-        self._warm = self._warm + 1 if same and settled else 0
-        if self._warm == 0 or (self.mode == "compile" and self._warm == 1):
+        same = kept.last is not None and kept.last[0] == key and _same(kept.last[1], buffers)
+        settled = all(each.settled(columns, new) for each in tokens)
+        kept.warm = kept.warm + 1 if same and settled else 0
+        compiled = self.mode == "compile" and new == 1
+        if kept.warm == 0 or (compiled and kept.warm == 1):
             # The call that will be captured: compiled blocks are made for its shapes.
             call = {**inputs.fixed, **inputs.tensors, "attention_mask": mask, "past_key_values": cache}
-            with self._blocks(cache, model) if self._warm else nullcontext():
+            with self._blocks(cache, model) if kept.warm else nullcontext():
                 out = forward(model, **call)
-            self._last = (key, [layer.tokens.buffers for layer in cache.layers])
+            kept.last = (key, [layer.tokens.buffers for layer in cache.layers])
             return out
         try:
             self.capturing = True
-            self._graph = DecodeGraph(model, forward, inputs, cache, self._blocks(cache, model))
+            blocks = self._blocks(cache, model) if new == 1 else nullcontext()
+            kept.graph = DecodeGraph(model, forward, inputs, cache, blocks)
         except Exception as error:
             # Whatever the model does that a graph cannot hold, it can go on without one.
             self.drop()
-            self._off = True
+            self._off, self._only_steps = new == 1, True
+            what = "decode step" if new == 1 else f"pass of {new} tokens"
             warnings.warn(
-                f"the decode step of {type(model).__name__} could not be captured in a CUDA graph ({error}); going on without. "
+                f"the {what} of {type(model).__name__} could not be captured in a CUDA graph ({error}); going on without. "
                 "AlayaConfig(cuda_graphs='none') does so from the start.",
                 stacklevel=2,
             )
@@ -354,7 +381,7 @@ class DecodeGraphs:
         finally:
             self.capturing = False
         self.captures += 1
-        return self._graph.replay(inputs, cache)
+        return kept.graph.replay(inputs, cache)
 
     @contextmanager
     def _blocks(self, cache: Any, model: Any) -> Iterator[None]:

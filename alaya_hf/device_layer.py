@@ -26,8 +26,10 @@ class DeviceLayer(AlayaLayer):
     """Keys and values of one attention layer with ``engine="device"``.
 
     The window and a low-bit copy of all tokens before it lie on the device, every token's exact vectors in pinned host
-    memory. A forward pass of one token is a chain of kernels that never waits for the host. Passes of more tokens are
-    prefill, as the configuration says: the offloaded tokens come to the device in blocks.
+    memory. A forward pass of one token is a chain of kernels that never waits for the host, and so is one of up to
+    ``max_sparse_queries`` tokens over a context of which some have left the window: each of its tokens retrieves as if they
+    came one by one. Longer passes, those with padding among the new tokens, and those over a context that the window holds as
+    a whole are prefill, as the configuration says: the offloaded tokens come to the device in blocks.
 
     Parameters
     ----------
@@ -51,10 +53,14 @@ class DeviceLayer(AlayaLayer):
     -----
     Rows share nothing: reordering, selecting or repeating them and copies of the cache copy all of their tokens, in host
     memory too, and wait for the device. Beam search over a long context is better served by ``engine="host"``.
-    ``window.overflow``, ``residual.skip`` and ``max_sparse_queries`` are not used. The store grows by half when it is full,
+    ``window.overflow`` and ``residual.skip`` are not used. In a pass of several tokens, what the low-bit copy held before it is
+    estimated and all the rest is attended to exactly, the same for all of them; steps of one token would have moved the oldest
+    64 of the window to the low-bit copy on the way, once for every 64 tokens. Such a pass neither reads nor fills the hot set.
+    It keeps scores of 2 bytes per query head, position and token, for as many positions at a time as fit in 512 MiB
+    (:data:`~alaya_hf.kernels.gpu.short_pass.SCORES_LIMIT`), at least one. The store grows by half when it is full,
     which waits for the device. With an 8-bit store, tokens that leave the low-bit copy for the window again (:meth:`crop`), the
     offloaded tokens of later passes and copies of the layer are what the store gives back; copies quantise it once more. Keys
-    and values are checked to be finite when more than one token comes in.
+    and values are checked to be finite in prefill only: the check waits for the device.
     """
 
     def __init__(
@@ -251,7 +257,7 @@ class DeviceLayer(AlayaLayer):
         sinks: Tensor | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """See :meth:`AlayaLayer.attend`; one token without padding runs the kernels, other passes are exact.
+        """See :meth:`AlayaLayer.attend`; passes of a few tokens without padding run the kernels, others are prefill.
 
         Raises
         ------
@@ -320,19 +326,26 @@ class DeviceLayer(AlayaLayer):
     def _decode(
         self, query: Tensor, keys: Tensor, values: Tensor, valid: Tensor | None, scaling: float, softcap: float | None
     ) -> tuple[list[Partial], StepRecord | None]:
-        if query.shape[2] > 1 or valid is not None:
-            return self._prefill(query, keys, values, valid, scaling, softcap)
         assert self.tokens is not None
-        lows = list(self.tokens.lows)
-        new = (query[:, :, 0], keys[:, :, 0], values[:, :, 0])
-        self.tokens.hot_budget = self.config.hot_bytes // max(1, self.forward.layers)
-        work = self.tokens.step(*new, scaling, self.plan, self.shared, self._columns, self._alike)
-        self._count(1, None)
-        # The next layer's step overwrites the workspace. In a captured step nobody keeps an output for longer than that.
-        captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        part = Partial((work.out if captured else work.out.clone()).unsqueeze(2), work.lse.unsqueeze(2))
-        if self.probe is None:
-            return [part], None
-        from alaya_hf.engine.device.record import device_record
+        new = query.shape[2]
+        if valid is not None or (new > 1 and not self.tokens.retrieves(self._columns)):
+            return self._prefill(query, keys, values, valid, scaling, softcap)
+        record = None
+        if self.probe is not None:
+            from alaya_hf.engine.device.record import DeviceRecord
 
-        return [part], device_record(self.probe, new[0], self.tokens, lows, work, self.plan, scaling)
+            record = DeviceRecord(self.probe, query, self.tokens)
+        settings = (scaling, self.plan, self.shared, self._columns, self._alike)
+        if new > 1:
+            watch = None if record is None else record.add
+            part = Partial(*self.tokens.short_pass(query, keys, values, *settings, watch))
+        else:
+            self.tokens.hot_budget = self.config.hot_bytes // max(1, self.forward.layers)
+            work = self.tokens.step(query[:, :, 0], keys[:, :, 0], values[:, :, 0], *settings)
+            # The next layer's step overwrites the workspace. In a captured step nobody keeps an output for longer than that.
+            captured = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+            part = Partial((work.out if captured else work.out.clone()).unsqueeze(2), work.lse.unsqueeze(2))
+            if record is not None:
+                record.add(work)
+        self._count(new, None)
+        return [part], None if record is None else record.finish(self.tokens, self.plan, scaling)

@@ -27,6 +27,7 @@ from eval.report import markdown, write_csv
 from eval.speed_alloc import alloc
 from eval.speed_model import model
 from eval.speed_prefill import prefill
+from eval.speed_question import question
 from eval.speed_reuse import reuse
 from eval.synthetic import synthetic_layer
 
@@ -41,6 +42,7 @@ else:
 app.command()(model)
 app.command()(alloc)
 app.command()(prefill)
+app.command()(question)
 
 
 @app.callback()

@@ -24,7 +24,7 @@ class _Tokens:
         self.layer, self.buffers = layer, (object(),)
         self.room = 40
 
-    def settled(self, columns: int) -> bool:
+    def settled(self, columns: int, tokens: int = 1) -> bool:
         return columns < self.room
 
 
@@ -107,6 +107,23 @@ def test_steps(model: Any, mode: str, before: int, monkeypatch: pytest.MonkeyPat
     assert twin.mode == mode and twin.captures == 0
 
 
+def test_passes_of_several_tokens_have_a_graph_of_their_own(model: Any) -> None:
+    """Steps and passes take turns; another number of tokens begins anew, and leaves the step's graph alone."""
+    caches, outs = [_filled(model, "capture"), _filled(model, "capture")], []
+    caches[1].graphs = None
+    for cache in caches:
+        found = []
+        with torch.no_grad():
+            for ids in ([3, 4], [5], [6, 7], [8], [9, 10], [11], [12, 13, 14], [15], [16, 17], [18, 19]):
+                found.append(model(input_ids=torch.tensor([ids]), past_key_values=cache).logits[0])
+        outs.append(torch.cat(found))
+    torch.testing.assert_close(*outs)
+    graphs = caches[0].graphs
+    assert graphs is not None
+    # Of two tokens twice, of one token once.
+    assert (graphs.captures, graphs.replays) == (3, 3)
+
+
 def test_a_replay_is_the_step(model: Any) -> None:
     """Positions that the caller leaves out come from the cache, whatever was captured."""
     caches = [_filled(model, "capture"), _filled(model, "capture")]
@@ -127,7 +144,7 @@ def test_what_a_graph_cannot_stand_in_for(model: Any) -> None:
     assert cache.graphs is not None
     with torch.no_grad():
         for _ in range(4):
-            model(input_ids=torch.tensor([[3, 4]]), past_key_values=cache)
+            model(input_ids=torch.full((1, 65), 3), past_key_values=cache)
             model(input_ids=torch.tensor([[3]]), past_key_values=cache, output_hidden_states=True)
     assert cache.graphs.captures == 0
 
@@ -168,3 +185,13 @@ def test_an_interrupted_replay_is_counted_anew() -> None:
     counters.total += 1
     counters.bring_to([6, 8], [0, 0], 4, 64, 640)
     assert counters.total.tolist() == [6, 8]
+
+
+def test_passes_are_counted_as_their_tokens() -> None:
+    """Both rows by 150 tokens, of which one gives a tile more; then one row alone, which no rule says."""
+    counters = Counters(2, torch.device("cpu"))
+    counters.bring_to([70, 180], [0, 64], 4, 64, 640)
+    counters.bring_to([220, 330], [128, 256], 4, 64, 640)
+    assert (counters.total.tolist(), counters.low.tolist()) == ([220, 330], [128, 256])
+    counters.bring_to([221, 330], [128, 256], 4, 64, 640)
+    assert (counters.total.tolist(), counters.low.tolist()) == ([221, 330], [128, 256])

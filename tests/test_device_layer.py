@@ -143,6 +143,26 @@ def test_case_eight_bit(store_dtype, tight):
 
 
 @inside
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "begin", "new", "query"),
+    [(4, 2, 100, 3, TopK(64)), (3, 1, 90, 5, TopK(3)), (2, 1, 210, 19, TopK(9))],
+    ids=["all", "some", "a tile leaves"],
+)
+def test_case_short_pass(heads, kv_heads, begin, new, query, tight):
+    cases.check_short_pass("cpu", heads, kv_heads, begin, new, cases.DEFAULT.replace(query=query))
+
+
+@inside
+def test_case_short_passes_of_unequal_rows(model, tight):
+    cases.check_short_passes(model)
+
+
+@inside
+def test_case_passes_keep_to_the_limit(monkeypatch):
+    cases.check_passes_keep_to_the_limit("cpu", monkeypatch)
+
+
+@inside
 def test_case_sparse_prefill():
     cases.check_sparse_prefill("cpu")
 

@@ -84,6 +84,28 @@ def test_case_step(case):
 
 
 @inside
+def test_case_many_rows():
+    """More rows than one program serves, with a range; the last program's are not all there."""
+    cases.check_pass_of_many_rows(cases.Case(64, 4, 2, 1, 7, [192, 70], HALF, "cpu"), 10, 20.0)
+
+
+@inside
+@pytest.mark.parametrize("store", [None, torch.int8], ids=str)
+def test_case_append(store):
+    """Rows that give no tile, one and two, one of them tokens that are new."""
+    cases.check_append(cases.Case(32, 4, 2, 1, 1, [64, 0], HALF, "cpu", recent=101, store=store), 92)
+    cases.check_append(cases.Case(32, 4, 0, 1, 1, [64], HALF, "cpu"), 3)
+
+
+@inside
+@pytest.mark.parametrize("shape, union", [(SHAPES[0], True), (SHAPES[1], False), (SHAPES[2], False)], ids=str)
+def test_case_short_pass(shape, union):
+    case = cases.Case(*shape, device="cpu")
+    cases.check_window_rows(case)
+    cases.check_short_pass(case, beta=20.0, union=union)
+
+
+@inside
 @pytest.mark.parametrize("check", cases.CHECKS.values(), ids=cases.CHECKS)
 def test_case_every_operator_once(check):
     """What `alaya-hf doctor` runs."""

@@ -227,6 +227,109 @@ def _dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(s, -1).to(q.dtype) @ v
 
 
+def check_short_pass(
+    device: str, heads: int, kv_heads: int, begin: int, new: int, settings: AlayaConfig = DEFAULT,
+    dtype: torch.dtype = torch.float16, rows: int = 1, dim: int = 32,
+) -> None:  # fmt: skip
+    """A pass of several tokens leaves behind what its tokens one by one do, and errs no more than they.
+
+    With a query that keeps all it errs at most twice as much as plain attention in low precision; where no tile leaves the
+    window on the way, it is the steps' answer.
+    """
+    torch.manual_seed(0)
+    settings, n = settings.replace(max_sparse_queries=new), begin + new
+    k, v = (torch.randn(rows, kv_heads, n, dim).to(device, dtype) for _ in "kv")
+    q = (3 * torch.randn(rows, heads, n, dim)).to(device, dtype)
+    layer, twin = DeviceLayer(settings), DeviceLayer(settings)
+    first, spans = slice(0, begin), [slice(i, i + 1) for i in range(begin, n)]
+    for each in (layer, twin):
+        attend(each, q[:, :, first], k[:, :, first], v[:, :, first])
+    low = list(layer.tokens.lows)
+    found = attend(layer, q[:, :, begin:], k[:, :, begin:], v[:, :, begin:]).float()
+    steps = torch.cat([attend(twin, q[:, :, i], k[:, :, i], v[:, :, i]) for i in spans], 2).float()
+    mine, theirs = layer.tokens, twin.tokens
+    assert min(low) >= 64 and (mine.counts, mine.lows) == (theirs.counts, theirs.lows)
+    for x, y in zip(layer.contents(), twin.contents(), strict=True):
+        assert torch.equal(x, y)
+    assert torch.equal(layer.contents()[0], k) and torch.equal(layer.contents()[1], v)
+    for x, y in zip(mine._recent(0), theirs._recent(0), strict=True):
+        assert torch.equal(x, y)
+    tiles = max(mine.lows) // 64
+    for x, y in zip(*(each.layout.unpack(each.records[:, :, :tiles]) for each in (mine, theirs)), strict=True):
+        # A number half-way between two codes may go either way.
+        assert ((x - y).abs() <= 1e-3 * y.abs().clamp_min(1)).float().mean() > 0.999
+    truth, plain = (_dense(*(x.to(to) for x in (q, k, v))).float()[:, :, begin:] for to in (torch.float32, dtype))
+    if layer.plan.cap >= max(low):
+        assert (found - truth).abs().max() <= 2 * (plain - truth).abs().max() + 1e-4
+    else:
+        assert 0 < (found - truth).square().mean() <= 1.05 * (steps - truth).square().mean()
+
+    def alike(x: Tensor, y: Tensor) -> bool:
+        # Rounding, and now and then a token that just is, or just is not, among the best: far from what estimates err.
+        return bool((x.float() - y.float()).square().mean() <= 5e-4 * truth.square().mean())
+
+    assert mine.lows != low or alike(found, steps)
+    # The next step finds everything in its place.
+    after = [attend(each, q[:, :, -1:], k[:, :, -1:], v[:, :, -1:]) for each in (layer, twin)]
+    assert alike(*after)
+
+
+def check_short_passes(model: Any) -> None:
+    """Passes of two to seven tokens, over rows of unequal length, and with padding among them, give the dense logits."""
+    ids, mask = prompt(model, 140, rows=2), torch.ones(2, 140, dtype=torch.int64, device=model.device)
+    mask[1, :40] = 0
+    mask[0, 131:133] = 0
+    cache, dense, probed = AlayaCache(ALL, probe=True, probe_recovery=True), DynamicCache(), []
+    for span in (slice(0, 120), slice(120, 127), slice(127, 129), slice(129, 134), slice(134, 135), slice(135, 138)):
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, span]
+        call = {"input_ids": ids[:, span], "attention_mask": mask[:, : span.stop], "position_ids": positions}
+        with torch.no_grad():
+            mine, wanted = (model(**call, past_key_values=each).logits.float() for each in (cache, dense))
+        real = mask[:, span].bool()
+        torch.testing.assert_close(mine[real], wanted[real], atol=0.05, rtol=0.05)
+        probed.append(cache.layers[0].probe.steps[-1])
+    assert [step.kind for step in probed] == ["prefill", "decode", "decode", "prefill", "decode", "decode"]
+    assert probed[1].tokens == 7 and probed[1].context == (120 + 80) / 2 + 4 and probed[1].min_recovery > 0.99
+    assert lows(cache) == [64 * ((136 - 24) // 64), 64]
+
+
+def check_passes_keep_to_the_limit(device: str, monkeypatch: Any) -> None:
+    """With memory for the scores of two positions, five come in three shares and answer as if they had come together."""
+    from alaya_hf.kernels.gpu import short_pass
+
+    k, v = torch.randn(2, 1, 2, 130, 32).to(device, torch.float16)
+    q = 3 * torch.randn(1, 4, 130, 32).to(device, torch.float16)
+    outs = []
+    for positions in (5, 2):
+        limit = 2 * 4 * 64 * positions  # the low-bit copy has room for one tile
+        monkeypatch.setattr(short_pass, "SCORES_LIMIT", limit)
+        layer = DeviceLayer(DEFAULT.replace(query=TopK(2)))
+        attend(layer, *(x[:, :, :125] for x in (q, k, v)))
+        outs.append(attend(layer, *(x[:, :, 125:] for x in (q, k, v))))
+        work = next(work for work in layer.shared.workspaces if work.new == 5)
+        assert work.tokens == 64 and work.positions == positions and work.scores.nbytes <= limit
+    torch.testing.assert_close(*outs, atol=1e-3, rtol=1e-3)
+
+
+def check_captured_passes(model: Any) -> None:
+    """Questions of one length: the first two run or are captured, the others replayed; a tile leaves the window on the way."""
+    outs, ids = [], prompt(model, 300)
+    for how in ("none", "capture"):
+        cache, found = AlayaCache(DEFAULT.replace(cuda_graphs=how)), []
+        logits(model, cache, ids[:, :100])
+        for start in range(100, 200, 10):
+            with torch.no_grad():
+                found += [model(input_ids=ids[:, start : start + 10], past_key_values=cache).logits.float()]
+            if start == 150:
+                found += [logits(model, cache, ids[:, 250:251])]
+                cache.crop(-21)
+        outs.append((torch.cat(found, 1), lows(cache), cache.get_seq_length()))
+        if how == "capture":
+            assert cache.stats()["replays"] >= 5, cache.stats()
+    torch.testing.assert_close(outs[0][0], outs[1][0], atol=2e-2, rtol=2e-2)
+    assert outs[0][1:] == outs[1][1:]
+
+
 def check_wide_query(model: Any) -> None:
     """Without a range, the cap decides; with room for all tokens that is dense attention."""
     settings = ALL.replace(query=DIPR(alpha=0, cap=64))

@@ -55,6 +55,31 @@ def test_pass(case, beta, implementation, monkeypatch):
     cases.check_pass(case, beta)
 
 
+@pytest.mark.parametrize("beta", [cases.INF, 3.0])
+@pytest.mark.parametrize("positions", [2, 5, 32])
+@pytest.mark.parametrize("implementation", ["cuda", "triton"])
+def test_pass_of_many_rows(case, positions, beta, implementation, monkeypatch):
+    """Warps and blocks that are full, and those that are not."""
+    if implementation == "triton":
+        monkeypatch.setattr(nvrtc, "available", lambda device: False)
+    elif not nvrtc.available(0):
+        pytest.skip("needs NVRTC and compute capability 8.0")
+    cases.check_pass_of_many_rows(case, positions, beta)
+
+
+def test_append(case):
+    for new in (2, 70, 92):
+        cases.check_append(case, new)
+
+
+@pytest.mark.parametrize(
+    "new, positions, beta, union", [(5, 2, 20.0, True), (33, 33, cases.INF, False), (32, 16, 50.0, True)]
+)
+def test_short_pass(case, new, positions, beta, union):
+    cases.check_window_rows(case, new, new - positions, positions)
+    cases.check_short_pass(case, new, positions, beta, union)
+
+
 @pytest.mark.parametrize("beta, ratio", [(cases.INF, 1.0), (3.0, 1.0), (cases.INF, 0.5)])
 def test_cut(case, beta, ratio):
     cases.check_cut(case, beta, ratio)

@@ -1,4 +1,4 @@
-"""What a probe keeps of a decode step of the device engine. Waits for the device."""
+"""What a probe keeps of a decode pass of the device engine. Waits for the device."""
 
 from __future__ import annotations
 
@@ -11,67 +11,93 @@ from alaya_hf.kernels.gpu.step import Workspace
 from alaya_hf.probes import Probe, StepRecord
 
 
-def device_record(
-    probe: Probe, q: Tensor, tokens: DeviceTokens, lows: list[int], work: Workspace, plan: DevicePlan, scaling: float
-) -> StepRecord:
-    """Summarise a step, and add its ids and counts to the probe.
+class DeviceRecord:
+    """Summarises a pass, one share of its positions after the other.
 
     Parameters
     ----------
     probe : Probe
     q : Tensor
-        ``[batch, heads, head_dim]``.
+        ``[batch, heads, new, head_dim]``.
     tokens : DeviceTokens
-        After the step.
-    lows : list of int
-        Tokens in the low-bit copy before it.
-    work : Workspace
-        As the step left it.
-    plan : DevicePlan
-    scaling : float
-
-    Returns
-    -------
-    StepRecord
-        Seconds are left to the caller.
+        Before the pass.
     """
-    counts, ids, fetched = work.counts.to("cpu"), work.ids.to("cpu").long(), work.fetched.to("cpu").sum(dim=2)
-    listed = torch.arange(ids.shape[3]) < counts.unsqueeze(-1)
-    ratios, watched, coverage = [], [], []
-    for row, (count, low) in enumerate(zip(tokens.counts, lows, strict=True)):
-        asked = torch.zeros(*counts.shape[1:], low + 1, dtype=torch.bool)
-        asked = asked.scatter(2, ids[row].masked_fill(~listed[row], low), True)[..., :low]
-        probe.ids += [head.nonzero().flatten() + tokens.init for head in asked.any(dim=1)]
-        if plan.union:
-            asked = asked.any(dim=1, keepdim=True).expand_as(asked)
-        exact = torch.ones(*counts.shape[1:], count, dtype=torch.bool)
-        exact[..., tokens.init : tokens.init + low] = asked
-        if probe.recovery:
-            keys, query = tokens.row(row)[0].float(), q[row].float().view(*counts.shape[1:], -1)
-            logits = scaling * (query @ keys.transpose(1, 2)).to("cpu")
-            part = logits.masked_fill(~exact, float("-inf")).logsumexp(dim=-1)
-            ratios.append((part - logits.logsumexp(dim=-1)).exp().clamp(max=1.0).flatten())
-        if probe.watch is not None and probe.watch.numel():
-            seen = exact[..., probe.watch]
-            watched.append(float(seen.float().mean()))
-            coverage.append(float(seen.flatten(0, 1).any(dim=0).float().mean()))
-    probe.head_counts.append(counts.float().flatten(1).mean(dim=0))
-    # What the hot set did not have.
-    over_bus = int(fetched.sum()) if tokens.hot is None else int((work.missed >= 0).sum())
-    batch, recovery = len(lows), torch.stack(ratios).mean(dim=0) if ratios else None
-    window = sum(count - low for count, low in zip(tokens.counts, lows, strict=True)) / batch
-    return StepRecord(
-        kind="decode",
-        tokens=1,
-        context=sum(tokens.counts) / batch,
-        attended=window + float((fetched if plan.union else counts).float().mean()),
-        retrieved=float(counts.float().mean()),
-        fetched=float(fetched.float().mean()),
-        touched=sum(lows) / batch,
-        recovery=None if recovery is None else float(recovery.mean()),
-        min_recovery=None if recovery is None else float(recovery.min()),
-        watched=sum(watched) / batch if watched else None,
-        watched_coverage=sum(coverage) / batch if coverage else None,
-        bytes_moved=over_bus * tokens.form.row_bytes + batch * tokens.token_bytes,
-        seconds=0.0,
-    )
+
+    def __init__(self, probe: Probe, q: Tensor, tokens: DeviceTokens) -> None:
+        self.probe, self.q, self.lows = probe, q, list(tokens.lows)
+        self.over_bus = 0
+        # Per share of the positions, on the host: [batch, kv_heads, positions, group, ...], and [batch, kv_heads, positions].
+        self.counts: list[Tensor] = []
+        self.ids: list[Tensor] = []
+        self.fetched: list[Tensor] = []
+
+    def add(self, work: Workspace, first: int = 0) -> None:
+        """Take over what the positions from `first` on selected, before others use the buffers."""
+        shape = (work.batch, work.kv_heads, work.positions, work.group)
+        self.counts.append(work.counts.to("cpu").view(shape))
+        self.ids.append(work.ids.to("cpu").long().view(*shape, -1))
+        fetched = work.fetched.to("cpu").view(*shape[:3], -1)
+        self.fetched.append(fetched.sum(dim=3) if work.cap else torch.zeros(shape[:3], dtype=torch.int64))
+        # What the hot set did not have.
+        self.over_bus += int(self.fetched[-1].sum()) if work.hot is None else int((work.missed >= 0).sum())
+
+    def finish(self, tokens: DeviceTokens, plan: DevicePlan, scaling: float) -> StepRecord:
+        """The record; ids and counts go to the probe.
+
+        Parameters
+        ----------
+        tokens : DeviceTokens
+            After the pass.
+        plan : DevicePlan
+        scaling : float
+
+        Returns
+        -------
+        StepRecord
+            Seconds are left to the caller.
+        """
+        probe = self.probe
+        counts, ids, fetched = (torch.cat(parts, dim=2) for parts in (self.counts, self.ids, self.fetched))
+        batch, kv_heads, new, group = counts.shape
+        listed = torch.arange(ids.shape[4]) < counts.unsqueeze(-1)
+        ratios, watched, coverage = [], [], []
+        for row, (count, low) in enumerate(zip(tokens.counts, self.lows, strict=True)):
+            asked = torch.zeros(*counts.shape[1:], low + 1, dtype=torch.bool)
+            asked = asked.scatter(3, ids[row].masked_fill(~listed[row], low), True)[..., :low]
+            probe.ids += [found.nonzero().flatten() + tokens.init for found in asked.any(dim=2).flatten(0, 1)]
+            if plan.union:
+                asked = asked.any(dim=2, keepdim=True).expand_as(asked)
+            # A position sees itself and what is before it.
+            visible = torch.arange(count) <= torch.arange(count - new, count)[:, None]
+            exact = visible[None, :, None].expand(kv_heads, new, group, count).clone()
+            exact[..., tokens.init : tokens.init + low] = asked
+            if probe.recovery:
+                keys = tokens.row(row)[0].float()
+                query = self.q[row].float().view(kv_heads, group, new, -1).transpose(1, 2).flatten(1, 2)
+                logits = (scaling * (query @ keys.transpose(1, 2))).to("cpu").view(kv_heads, new, group, count)
+                logits = logits.masked_fill(~visible[None, :, None], float("-inf"))
+                part = logits.masked_fill(~exact, float("-inf")).logsumexp(dim=-1)
+                ratios.append((part - logits.logsumexp(dim=-1)).exp().clamp(max=1.0).mean(dim=1).flatten())
+            if probe.watch is not None and probe.watch.numel():
+                seen = exact[..., probe.watch]
+                watched.append(float(seen.float().mean()))
+                coverage.append(float(seen.flatten(0, 2).any(dim=0).float().mean()))
+        probe.head_counts.append(counts.float().mean(dim=2).flatten(1).mean(dim=0))
+        recovery = torch.stack(ratios).mean(dim=0) if ratios else None
+        later = (new - 1) / 2  # tokens that a position does not see yet, on average
+        window = sum(count - low for count, low in zip(tokens.counts, self.lows, strict=True)) / batch - later
+        return StepRecord(
+            kind="decode",
+            tokens=new,
+            context=sum(tokens.counts) / batch - later,
+            attended=window + float((fetched if plan.union else counts).float().mean()),
+            retrieved=float(counts.float().mean()),
+            fetched=float(fetched.float().mean()),
+            touched=sum(self.lows) / batch,
+            recovery=None if recovery is None else float(recovery.mean()),
+            min_recovery=None if recovery is None else float(recovery.min()),
+            watched=sum(watched) / batch if watched else None,
+            watched_coverage=sum(coverage) / batch if coverage else None,
+            bytes_moved=self.over_bus * tokens.form.row_bytes + batch * new * tokens.token_bytes,
+            seconds=0.0,
+        )

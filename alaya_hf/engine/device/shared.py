@@ -18,8 +18,8 @@ class Counters:
     """Tokens held and tokens in the low-bit copy, per row, on the device, mirrored on the host.
 
     A step's kernels read the device's numbers; nobody ever reads them back. Every layer says where it stands before its
-    step: the first layer of a step finds the numbers one token behind and lets the device count on, the others find them
-    right.
+    step: the first layer of a pass finds the numbers behind by what the last pass took in and lets the device count on, the
+    others find them right.
 
     Parameters
     ----------
@@ -45,10 +45,11 @@ class Counters:
         from alaya_hf.kernels.gpu.window import advance
 
         known = self._totals if self._totals is not None else [-2] * len(totals)
-        stepped = [count + 1 for count in known]
-        moved = [after_step(count, low, init, local) for count, low in zip(known, self._lows, strict=True)]
-        if (stepped, moved) == (totals, lows):
-            advance(self.total, self.low, init, local, capacity)
+        tokens = totals[0] - known[0]
+        stepped = [count + tokens for count in known]
+        moved = [after_pass(count, low, init, local, tokens) for count, low in zip(known, self._lows, strict=True)]
+        if tokens > 0 and self._totals is not None and (stepped, moved) == (totals, lows):
+            advance(self.total, self.low, init, local, capacity, tokens)
         else:
             for tensor, numbers in ((self.total, totals), (self.low, lows)):
                 if len(set(numbers)) == 1:
@@ -57,11 +58,11 @@ class Counters:
                     tensor.copy_(torch.tensor(numbers, dtype=torch.int32))
         self._totals, self._lows = list(totals), list(lows)
 
-    def count_on_device(self, init: int, local: int, capacity: int) -> None:
-        """Let the device count a step; the host follows with :meth:`counted`. Capturable in a CUDA graph."""
+    def count_on_device(self, init: int, local: int, capacity: int, tokens: int = 1) -> None:
+        """Let the device count a pass; the host follows with :meth:`counted`. Capturable in a CUDA graph."""
         from alaya_hf.kernels.gpu.window import advance
 
-        advance(self.total, self.low, init, local, capacity)
+        advance(self.total, self.low, init, local, capacity, tokens)
 
     def forget(self) -> None:
         """The device is about to count: until :meth:`counted`, an interruption would leave the host behind it."""
@@ -72,9 +73,9 @@ class Counters:
         self._totals, self._lows = list(totals), list(lows)
 
 
-def after_step(count: int, low: int, init: int, local: int) -> int:
-    """Tokens in the low-bit copy after a step over `count` tokens: the rule of `extend_lowbit` and `advance`."""
-    return low + TILE if count + 1 - init - low >= local + TILE else low
+def after_pass(count: int, low: int, init: int, local: int, tokens: int) -> int:
+    """Tokens in the low-bit copy after a pass over `count` tokens: the rule of `extend_lowbit`, `append_tokens`, `advance`."""
+    return low + TILE * min(max(0, count + tokens - init - low - local) // TILE, -(-tokens // TILE))
 
 
 class DeviceShared:
@@ -90,17 +91,23 @@ class DeviceShared:
 
     def workspace(
         self, batch: int, kv_heads: int, group: int, layout: Layout, tokens: int, slots: int, cap: int,
-        device: torch.device, dtype: torch.dtype, hot: StoreFormat | None = None,
+        device: torch.device, dtype: torch.dtype, hot: StoreFormat | None = None, new: int = 1,
     ) -> Workspace:  # fmt: skip
-        """The buffers for steps of these sizes, see :class:`~alaya_hf.kernels.gpu.step.Workspace`."""
+        """The buffers for steps of these sizes, see :class:`~alaya_hf.kernels.gpu.step.Workspace`.
+
+        Those for passes of several tokens are kept for the last number of tokens only.
+        """
+        from alaya_hf.kernels.gpu.short_pass import positions_at_a_time
         from alaya_hf.kernels.gpu.step import Workspace
 
-        key = (kv_heads, group, layout, slots, cap, device, dtype, hot)
+        key = (kv_heads, group, layout, slots, cap, device, dtype, hot, new > 1)
         work = self._workspaces.get(key)
-        if work is None or (work.batch, work.tokens) != (batch, tokens):
+        if work is None or (work.batch, work.tokens, work.new) != (batch, tokens, new):
             # The old one goes first: layers grow together, so nobody needs it any more.
             self._workspaces.pop(key, None)
-            work = Workspace(batch, kv_heads, group, layout, tokens, slots, cap, device, dtype, hot)
+            work = None
+            share = positions_at_a_time(batch, kv_heads * group, tokens, new)
+            work = Workspace(batch, kv_heads, group, layout, tokens, slots, cap, device, dtype, hot, new, share)
             self._workspaces[key] = work
         return work
 

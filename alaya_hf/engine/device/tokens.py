@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alaya_hf.config import WindowConfig
 from alaya_hf.engine.device.plan import DevicePlan
-from alaya_hf.engine.device.shared import DeviceShared, after_step, constant
+from alaya_hf.engine.device.shared import Counters, DeviceShared, after_pass, constant
 from alaya_hf.engine.device.stream import side_stream, stream_blocks
 from alaya_hf.engine.prefill import PrefillPass
 from alaya_hf.errors import AlayaError, NonFiniteError
@@ -20,6 +20,7 @@ from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.kernels.gpu.hot_set import HotSet
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.quantise import quantise_tokens
+from alaya_hf.kernels.gpu.short_pass import short_pass
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
 from alaya_hf.kernels.gpu.store_format import StoreFormat
 from alaya_hf.kernels.partial import Partial, merge_into
@@ -175,18 +176,25 @@ class DeviceTokens:
         """What a step reads and writes; a captured step is one over these very objects."""
         return self.window_k, self.window_v, self.on_device, self.records, self.hot
 
-    def after(self) -> tuple[list[int], list[int]]:
-        """`counts` and `lows` after one more token."""
+    def after(self, tokens: int = 1) -> tuple[list[int], list[int]]:
+        """`counts` and `lows` after so many more tokens."""
         lows = [
-            after_step(count, low, self.init, self.keeps) for count, low in zip(self.counts, self.lows, strict=True)
+            after_pass(count, low, self.init, self.keeps, tokens)
+            for count, low in zip(self.counts, self.lows, strict=True)
         ]
-        return [count + 1 for count in self.counts], lows
+        return [count + tokens for count in self.counts], lows
 
-    def settled(self, columns: int) -> bool:
-        """Whether a step over so many columns changes no buffer and follows the rule of :meth:`after`."""
+    def retrieves(self, columns: int) -> bool:
+        """Whether a pass of several tokens over so many columns has offloaded tokens to retrieve from."""
+        return any(self._low_for(count, columns) for count in self.counts)
+
+    def settled(self, columns: int, tokens: int = 1) -> bool:
+        """Whether a pass over so many columns changes no buffer and follows the rule of :meth:`after`."""
+        if tokens > 1 and not self.retrieves(columns):
+            return False
         if self.ring != self._ring_for(columns) or self.lows != [self._low_for(c, columns) for c in self.counts]:
             return False
-        counts, lows = self.after()
+        counts, lows = self.after(tokens)
         return self._places(max(counts)) <= self.capacity and max(lows) <= self.room
 
     @property
@@ -520,27 +528,71 @@ class DeviceTokens:
         HostMemoryError
             Before anything has changed.
         """
-        self.settle()
-        batch = len(self.counts)
-        if self.ring != self._ring_for(columns) or self.lows != [self._low_for(c, columns) for c in self.counts]:
-            # The context has outgrown `min_context`, or the ring.
-            nothing = k.new_empty(batch, self.kv_heads, 0, self.layout.head_dim)
-            self.append(self.arrive(nothing, nothing, None), columns)
-        counts, lows = self.after()
-        self.reserve(max(1, self._places(max(counts))), max(lows), layers)
         hot = self._hot_set(plan)
-        work = shared.workspace(
-            batch, self.kv_heads, q.shape[1] // self.kv_heads, self.layout, self.room, self.init + self.ring, plan.cap,
-            self.device, self.dtype, None if hot is None else self.form,
-        )  # fmt: skip
-        counters = shared.counters(batch, self.device, self.rule)
-        counters.bring_to(self.counts, self.lows, self.init, self.keeps, self.room)
+        work, counters = self._prepare(q.shape[1], 1, plan, shared, columns, layers, hot)
         decode_step(
             work, q.contiguous(), k.contiguous(), v.contiguous(), self.window_k, self.window_v, self.on_device, self.records,
             counters.total, counters.low, self.init, self.keeps, scaling, plan.beta(scaling), plan.ratio, plan.union, hot,
         )  # fmt: skip
-        self.counts, self.lows = counts, lows
+        self.counts, self.lows = self.after()
         return work
+
+    @_on_its_device
+    def short_pass(
+        self, q: Tensor, k: Tensor, v: Tensor, scaling: float, plan: DevicePlan, shared: DeviceShared, columns: int,
+        layers: int = 1, watch: Callable[[Workspace, int], None] | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Take in several tokens of every row and attend with each: like :meth:`step`, without the hot set.
+
+        Parameters
+        ----------
+        q : Tensor ``[batch, heads, new, head_dim]``
+        k, v : Tensor ``[batch, kv_heads, new, head_dim]``
+        columns : int
+            Columns before the first of them, for which :meth:`retrieves` holds.
+        layers : int
+            See :meth:`reserve`.
+        watch : callable, optional
+            See :func:`~alaya_hf.kernels.gpu.short_pass.short_pass`.
+
+        Returns
+        -------
+        out : Tensor ``[batch, heads, new, head_dim]``
+        lse : Tensor ``[batch, heads, new]`` float32
+
+        Raises
+        ------
+        HostMemoryError
+            Before anything has changed.
+        """
+        new = q.shape[2]
+        work, counters = self._prepare(q.shape[1], new, plan, shared, columns, layers, None)
+        found = short_pass(
+            work, q, k.contiguous(), v.contiguous(), self.window_k, self.window_v, self.on_device, self.records,
+            counters.total, counters.low, self.init, self.keeps, scaling, plan.beta(scaling), plan.ratio, plan.union, watch,
+        )  # fmt: skip
+        self.counts, self.lows = self.after(new)
+        return found
+
+    def _prepare(
+        self, heads: int, new: int, plan: DevicePlan, shared: DeviceShared, columns: int, layers: int, hot: HotSet | None
+    ) -> tuple[Workspace, Counters]:  # fmt: skip
+        """Room for new tokens, the buffers to work in, and the device's numbers brought to where this layer stands."""
+        self.settle()
+        batch = len(self.counts)
+        if self.ring != self._ring_for(columns) or self.lows != [self._low_for(c, columns) for c in self.counts]:
+            # The context has outgrown `min_context`, or the ring.
+            nothing = torch.empty(batch, self.kv_heads, 0, self.layout.head_dim, dtype=self.dtype, device=self.device)
+            self.append(self.arrive(nothing, nothing, None), columns)
+        counts, lows = self.after(new)
+        self.reserve(max(1, self._places(max(counts))), max(lows), layers)
+        work = shared.workspace(
+            batch, self.kv_heads, heads // self.kv_heads, self.layout, self.room, self.init + self.ring, plan.cap,
+            self.device, self.dtype, None if hot is None else self.form, new,
+        )  # fmt: skip
+        counters = shared.counters(batch, self.device, self.rule)
+        counters.bring_to(self.counts, self.lows, self.init, self.keeps, self.room)
+        return work, counters
 
     def _hot_set(self, plan: DevicePlan) -> HotSet | None:
         """The hot set, made when it is first wanted; None without a budget, or one that holds not even one set per KV head."""

@@ -5,6 +5,7 @@ The tests run them over many shapes, `alaya-hf doctor` over two. They assert, so
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,7 +13,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alaya_hf.kernels.gpu import cut, eight_bit, gather, hot_set, lowbit, merge, quantise, window
+from alaya_hf.kernels.gpu import (
+    append,
+    cut,
+    eight_bit,
+    gather,
+    hot_set,
+    lowbit,
+    merge,
+    quantise,
+    short_pass,
+    window,
+    window_rows,
+)
 from alaya_hf.kernels.gpu.hot_set import HotSet
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
@@ -34,6 +47,7 @@ class Case:
         self.layout = Layout(d, key_bits, value_bits)
         self.bits = (key_bits, value_bits)
         self.d, self.h, self.g, self.b = d, kv_heads, group, len(lows)
+        self.positions = 1
         self.lows, self.init, self.local, self.cap = list(lows), init, local, cap
         self.dtype, self.device, self.scaling = dtype, torch.device(device), d**-0.5
         self.ring = local + 2 * TILE
@@ -198,7 +212,7 @@ def run_pass(case: Case, beta: float = INF, run: Callable[..., None] = lowbit.lo
     """The low-bit pass on poisoned buffers."""
     work = case.work()
     run(case.records, case.q, case.low, work.best, work.tile_max, work.scores, work.acc, work.ml, 0, work.parts,
-        case.scaling, beta, *case.bits)  # fmt: skip
+        case.scaling, beta, *case.bits, case.positions)  # fmt: skip
     return work
 
 
@@ -296,39 +310,53 @@ def check_merge(case: Case) -> None:
     assert torch.isneginf(work.best).all()
 
 
+def _mixed(
+    case: Case, row: int, q: Tensor, k: Tensor, v: Tensor, ids: Tensor, counts: Tensor, union: bool
+) -> tuple[Tensor, Tensor]:
+    """One softmax over exact and approximate terms, given the selection: in float32 and in low precision, ``[heads, d]``.
+
+    Parameters
+    ----------
+    q : Tensor ``[kv_heads, group, d]``
+    k, v : Tensor ``[kv_heads, n, d]``
+        Everything that it may see.
+    ids, counts : Tensor ``[kv_heads, group, cap]`` and ``[kv_heads, group]``
+    """
+    rough_k, rough_v = case.layout.unpack(case.records)
+    low, here = case.lows[row], slice(case.init, case.init + case.lows[row])
+    k, v = k.float(), v.float()
+    ak, av = k.clone(), v.clone()
+    ak[:, here], av[:, here] = rough_k[row, :, :low], rough_v[row, :, :low]
+    exact = torch.ones(case.h, case.g, k.shape[1], dtype=torch.bool, device=case.device)
+    exact[:, :, here] = False
+    for h in range(case.h):
+        for g in range(case.g):
+            exact[h, g, case.init + ids[h, g, : counts[h, g]].long()] = True
+    if union:
+        exact = exact.any(1, keepdim=True).expand_as(exact)
+    # What a plain implementation would read from the store.
+    rows = case.form.unpack(case.form.pack(k[:, here], v[:, here]))
+    stored_k, stored_v = k.clone(), v.clone()
+    stored_k[:, here], stored_v[:, here] = rows.unbind(2)
+    found = []
+    for dtype, ek, ev in ((torch.float32, k, v), (case.dtype, stored_k, stored_v)):
+        s, a = (q.to(dtype) @ x.to(dtype).transpose(1, 2) for x in (ek, ak))
+        p = torch.softmax(torch.where(exact, s, a).float() * case.scaling, -1).to(dtype)
+        found.append(((p * exact) @ ev.to(dtype) + (p * ~exact) @ av.to(dtype)).float().flatten(0, 1))
+    return found[0], found[1]
+
+
 def check_step(case: Case, beta: float = INF, ratio: float = 1.0, union: bool = True) -> None:
     """A whole step against one softmax over exact and approximate terms, given the selection it made."""
     work, (keys, values), store = case.work(), case.window(), case.store()
     view = case.on_device(store)
     out = decode_step(work, case.q, case.new_k, case.new_v, keys, values, view, case.records, case.total, case.low,
                       case.init, case.local, case.scaling, beta, ratio, union)  # fmt: skip
-    rough_k, rough_v = case.layout.unpack(case.records)
     truth, yardstick = torch.empty_like(work.out), torch.empty_like(work.out)
     for row, count in enumerate(case.counts):
-        low, here = case.lows[row], slice(case.init, case.init + case.lows[row])
-        k, v = case.k[row, :, : count + 1].float(), case.v[row, :, : count + 1].float()
-        ak, av = k.clone(), v.clone()
-        ak[:, here], av[:, here] = rough_k[row, :, :low], rough_v[row, :, :low]
-        exact = torch.ones(case.h, case.g, count + 1, dtype=torch.bool, device=case.device)
-        exact[:, :, here] = False
-        for h in range(case.h):
-            for g in range(case.g):
-                exact[h, g, case.init + work.ids[row, h, g, : work.counts[row, h, g]].long()] = True
-        asked = exact.clone()
-        exact = exact.any(1, keepdim=True).expand_as(exact).clone()
-        if not union:
-            exact = asked
-        q = case.q[row].view(case.h, case.g, case.d)
-        # What a plain implementation would read from the store.
-        rows = case.form.unpack(case.form.pack(k[:, here], v[:, here]))
-        stored_k, stored_v = k.clone(), v.clone()
-        stored_k[:, here], stored_v[:, here] = rows.unbind(2)
-        for dtype, to, ek, ev in ((torch.float32, truth, k, v), (case.dtype, yardstick, stored_k, stored_v)):
-            s, a = (q.to(dtype) @ x.to(dtype).transpose(1, 2) for x in (ek, ak))
-            p = torch.softmax(torch.where(exact, s, a).float() * case.scaling, -1)
-            p = p.to(dtype)
-            both = (p * exact) @ ev.to(dtype) + (p * ~exact) @ av.to(dtype)
-            to[row] = both.float().flatten(0, 1)
+        k, v = case.k[row, :, : count + 1], case.v[row, :, : count + 1]
+        q, ids, counts = case.q[row].view(case.h, case.g, case.d), work.ids[row], work.counts[row]
+        truth[row], yardstick[row] = _mixed(case, row, q, k, v, ids, counts, union)
     # Scores of the low-bit copy are rounded to float16.
     within_twice(out, yardstick, truth, slack=2e-3)
     assert torch.isneginf(work.best).all()
@@ -337,6 +365,113 @@ def check_step(case: Case, beta: float = INF, ratio: float = 1.0, union: bool = 
     for row, count in enumerate(case.counts):
         written = case.defined(case.form.pack(case.new_k[row].cpu(), case.new_v[row].cpu()))
         assert torch.equal(case.defined(store)[row, :, count - case.init], written)
+
+
+def _more(case: Case, new: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of new tokens: ``[batch, heads or kv_heads, new, d]``."""
+    q = (2 * torch.randn(case.b, case.h * case.g, new, case.d, device=case.device)).to(case.dtype)
+    k, v = (torch.randn(case.b, case.h, new, case.d, device=case.device).to(case.dtype) for _ in "kv")
+    return q, k, v
+
+
+def _pass_work(case: Case, new: int, positions: int) -> Workspace:
+    slots = case.init + case.ring
+    work = Workspace(case.b, case.h, case.g, case.layout, TILES * TILE, slots, case.cap, case.device, torch.float32,
+                     new=new, positions=positions)  # fmt: skip
+    # What leaves the window has the model's precision.
+    work.left_k, work.left_v = work.left_k.to(case.dtype), work.left_v.to(case.dtype)
+    for name, x in vars(work).items():
+        if isinstance(x, Tensor) and name != "best":
+            x.fill_(float("nan") if x.is_floating_point() else -77)
+    return work
+
+
+def check_window_rows(case: Case, new: int = 5, first: int = 2, positions: int = 2) -> None:
+    """Some positions of a pass: the window as it was, and the new tokens up to each."""
+    q, k, v = _more(case, new)
+    rows = q[:, :, first : first + positions].unflatten(1, (case.h, case.g)).transpose(2, 3).flatten(1, 3).contiguous()
+    found, wanted = _pass_work(case, new, positions), _pass_work(case, new, positions)
+    for run, work in (
+        (window_rows.window_rows_attention, found), (window_rows.window_rows_attention_reference, wanted),
+    ):  # fmt: skip
+        run(rows, k, v, *case.window(), case.total, case.low, work.best, work.acc, work.ml, 0, case.init, first, positions,
+            case.scaling)  # fmt: skip
+    (out, lse), (truth, true_lse) = (case.merged(work, 0, work.window_parts) for work in (found, wanted))
+    torch.testing.assert_close(out, truth, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(lse, true_lse, atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(found.best, wanted.best, atol=2e-2, rtol=2e-3)
+
+
+def check_append(case: Case, new: int = 70) -> None:
+    """Window, store and low-bit copy are those that single steps leave behind, and so are the numbers."""
+    _, k, v = _more(case, new)
+    room = TILES * TILE
+    (keys, values), (step_keys, step_values) = case.window(), case.window()
+    shape = (case.b, case.h, max(case.counts) + new, *case.form.tail)
+    stores = [torch.zeros(shape, dtype=case.form.dtype, pin_memory=case.device.type == "cuda") for _ in range(2)]
+    views = [case.on_device(store) for store in stores]
+    records = [case.records.clone() for _ in range(2)]
+    work = _pass_work(case, new, 1)
+    append.append_tokens(k, v, keys, values, views[0], records[0], case.total, case.low, work.left_k, work.left_v,
+                         work.first_tile, work.leaving, case.init, case.local, *case.bits)  # fmt: skip
+    total, low, step = case.total.clone(), case.low.clone(), case.work()
+    for i in range(new):
+        window.window_attention_reference(case.q, k[:, :, i], v[:, :, i], step_keys, step_values, views[1], total, low, step.best,
+                                          step.acc, step.ml, 0, case.init, case.scaling)  # fmt: skip
+        quantise.extend_lowbit_reference(
+            step_keys, step_values, records[1], total, low, case.init, case.local, *case.bits
+        )
+        window.advance(total, low, case.init, case.local, room)
+    counted = case.total.clone(), case.low.clone()
+    window.advance(*counted, case.init, case.local, room, new)
+    assert torch.equal(counted[0], total) and torch.equal(counted[1], low)
+    if case.device.type == "cuda":
+        torch.cuda.synchronize()
+    assert torch.equal(case.defined(stores[0]), case.defined(stores[1]))
+    for row, (count, begin) in enumerate(zip(total.tolist(), low.tolist(), strict=True)):
+        held = [*range(case.init), *(case.init + place % case.ring for place in range(begin, count - case.init))]
+        for mine, theirs in ((keys, step_keys), (values, step_values)):
+            assert torch.equal(mine[row][:, held], theirs[row][:, held]) and not mine[row][:, held].isnan().any()
+        for mine, theirs in zip(*(case.layout.unpack(x) for x in records), strict=True):
+            x, y = mine[row, :, :begin], theirs[row, :, :begin]
+            assert begin == 0 or ((x - y).abs() <= 1e-3 * y.abs().clamp_min(1)).float().mean() > 0.99
+
+
+def check_short_pass(case: Case, new: int = 5, positions: int = 2, beta: float = INF, union: bool = True) -> None:
+    """Every position of a pass against one softmax over exact and approximate terms, given the selection it made."""
+    q, k, v = _more(case, new)
+    work, (keys, values), store = _pass_work(case, new, positions), case.window(), case.store()
+    store = torch.cat([store, torch.zeros_like(store[:, :, :1]).expand(-1, -1, new, *case.form.tail)], 2)
+    view = case.on_device(store.pin_memory() if case.device.type == "cuda" else store)
+    chosen: list[tuple[Tensor, Tensor]] = []
+
+    def watch(part: Workspace, first: int) -> None:
+        shape = (case.b, case.h, part.positions, case.g)
+        ids, counts = part.ids.view(*shape, case.cap), part.counts.view(shape)
+        chosen.extend(zip(ids.clone().unbind(2), counts.clone().unbind(2), strict=True))
+
+    out, lse = short_pass.short_pass(work, q, k, v, keys, values, view, case.records.clone(), case.total, case.low, case.init,
+                                     case.local, case.scaling, beta, 1.0, union, watch)  # fmt: skip
+    assert len(chosen) == new and not lse.isnan().any() and torch.isneginf(work.best).all()
+    truth, yardstick = torch.empty_like(out), torch.empty_like(out)
+    for position, (ids, counts) in enumerate(chosen):
+        for row, count in enumerate(case.counts):
+            seen_k, seen_v = (
+                torch.cat([x[row, :, :count], y[row, :, : position + 1]], 1) for x, y in ((case.k, k), (case.v, v))
+            )
+            queries = q[row, :, position].view(case.h, case.g, case.d)
+            found = _mixed(case, row, queries, seen_k, seen_v, ids[row], counts[row], union)
+            truth[row, :, position], yardstick[row, :, position] = found
+            assert case.lows[row] == 0 or beta < INF or (counts[row] == min(case.cap, case.lows[row])).all()
+    within_twice(out, yardstick, truth, slack=2e-3)
+
+
+def check_pass_of_many_rows(case: Case, positions: int, beta: float = INF) -> None:
+    """The low-bit pass over the rows of several positions: :func:`check_pass` of a case whose heads they are."""
+    many = copy.copy(case)
+    many.g, many.positions, many.cap = case.g * positions, positions, 1  # the gather is not asked
+    many.q = (2 * torch.randn(case.b, case.h * many.g, case.d, device=case.device)).to(case.dtype)
+    check_pass(many, beta)
 
 
 @triton.jit
@@ -419,6 +554,9 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "gather": lambda case: check_gather(case, True, True),
     "merge": check_merge,
     "step": check_step,
+    "window of a short pass": check_window_rows,
+    "append": lambda case: check_append(case, 24),
+    "short pass": check_short_pass,
     "hot set": lambda case: check_hot_set(case, 3, 4),
 }
 """Every operator once, and a step of all of them."""

@@ -29,7 +29,7 @@ def splits(group: int, cap: int) -> int:
 def _gather(  # type: ignore[no-untyped-def]
     store, scales, q_ptr, ids, counts, thresholds, limits, scores, words, halves, acc, ml, fetched,
     hot, hot_scales, tags, stamps, claims, looked_up, staged, staged_scales, missed, total,
-    store_capacity, capacity, partials, slot0, factor, sets,
+    store_capacity, capacity, partials, slot0, factor, sets, positions,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP2: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
     UNION: tl.constexpr, LOWBIT: tl.constexpr,
     FORMAT: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr, HOT: tl.constexpr, H: tl.constexpr, WAYS: tl.constexpr,
@@ -38,17 +38,18 @@ def _gather(  # type: ignore[no-untyped-def]
     RECORD: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
+    group = tl.program_id(1).to(tl.int64)  # the query heads of one position
+    bh = group // positions
     CHUNKS: tl.constexpr = (CAP + BLOCK - 1) // BLOCK
     owner = part // CHUNKS  # the query head whose list this program serves
     x = part % CHUNKS * BLOCK + tl.arange(0, BLOCK)
     g = tl.arange(0, GP)
     c = tl.arange(0, DP2)
     heads = g < G
-    row = bh * G + g
-    there = x < tl.load(counts + bh * G + owner)
+    row = group * G + g
+    there = x < tl.load(counts + group * G + owner)
     place = row * partials + slot0 + part
-    token = tl.load(ids + (bh * G + owner) * CAP + x, mask=there, other=0)
+    token = tl.load(ids + (group * G + owner) * CAP + x, mask=there, other=0)
     approximate = tl.load(
         scores + row[:, None] * capacity * 64 + token[None, :],
         mask=heads[:, None] & there[None, :],
@@ -60,7 +61,7 @@ def _gather(  # type: ignore[no-untyped-def]
     # A token that several heads selected is served once, by the first of them.
     there = there & (tl.max((chosen & (g < owner)[:, None]).to(tl.int32), 0) == 0)
     fetch = tl.sum(there.to(tl.int32))
-    tl.store(fetched + bh * tl.num_programs(0) + part, fetch)
+    tl.store(fetched + group * tl.num_programs(0) + part, fetch)
     far = there
     if HOT:
         now = tl.load(total + bh // H)
@@ -133,28 +134,30 @@ def _gather(  # type: ignore[no-untyped-def]
 def _launch(
     store: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor, records: Tensor,
     acc: Tensor, ml: Tensor, fetched: Tensor, hot: tuple[Tensor, ...] | None, slot0: int, scaling: float, key_bits: int,
-    value_bits: int, union: bool, replace: bool,
+    value_bits: int, union: bool, replace: bool, positions: int = 1,
 ) -> None:  # fmt: skip
-    batch, heads, group, cap = ids.shape
+    batch, heads, rows, cap = ids.shape
+    group = rows // positions
     d = q.shape[2]
     if cap == 0:
         return
     layout, form = Layout(d, key_bits, value_bits), StoreFormat.of(store, d)
-    check(fetched, "fetched", (batch, heads, splits(group, cap)), torch.int32)
+    check(fetched, "fetched", (batch, heads, positions * splits(group, cap)), torch.int32)
     elements, scales = form.kernel_views(store)
     # Without a hot set, anything will do for its pointers.
     places: tuple[Tensor, ...] = (ids,) * 10
     if hot is not None:
-        rows, tags, stamps, claims, looked_up, staged, missed, total = hot
+        kept, tags, stamps, claims, looked_up, staged, missed, total = hot
         check(missed, "missed", (batch, heads, splits(group, cap), block(cap)), torch.int32)
         check(tags, "tags", (batch, heads, None, WAYS), torch.int32)
-        check(rows, "rows", (batch, heads, WAYS * tags.shape[2], *form.tail), form.dtype)
+        check(kept, "rows", (batch, heads, WAYS * tags.shape[2], *form.tail), form.dtype)
         check(staged, "staged", (*missed.shape, *form.tail), form.dtype)
         check(claims, "claims", (batch, heads, tags.shape[2]), torch.int64)
-        places = (*form.kernel_views(rows), tags, stamps, claims, looked_up, *form.kernel_views(staged), missed, total)
-    _gather[(splits(group, cap), batch * heads)](
+        places = (*form.kernel_views(kept), tags, stamps, claims, looked_up, *form.kernel_views(staged), missed, total)
+    _gather[(splits(group, cap), batch * heads * positions)](
         elements, scales, q, ids, counts, thresholds, limits, scores, records, records.view(torch.float16), acc, ml, fetched,
         *places, store.shape[2], records.shape[2], acc.shape[3], slot0, scaling * LOG2E, 1 if hot is None else hot[1].shape[2],
+        positions,
         G=group, GP=max(16, next_power_of_2(group)), D=d, DP2=next_power_of_2(d), CAP=cap, BLOCK=block(cap),
         UNION=union, LOWBIT=replace, FORMAT=form.code, ROW=form.row, SCALES=form.scale_place, HOT=hot is not None, H=heads,
         WAYS=WAYS, **constants(layout), num_warps=4,
@@ -165,7 +168,7 @@ def _launch(
 def gather_attention(
     store: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor, records: Tensor,
     acc: Tensor, ml: Tensor, fetched: Tensor, slot0: int, scaling: float, key_bits: int, value_bits: int,
-    union: bool, replace: bool,
+    union: bool, replace: bool, positions: int = 1,
 ) -> None:  # fmt: skip
     """Attend to the selected tokens, and take their approximate terms out of the low-bit pass's sums.
 
@@ -178,26 +181,38 @@ def gather_attention(
     acc, ml : Tensor
         Partials ``slot0 ... slot0 + splits(group, cap)`` are written: exact terms minus approximate ones, so single
         weights may be negative; the sum over all partials is not.
-    fetched : Tensor ``[batch, kv_heads, splits(group, cap)]`` int32
+    fetched : Tensor ``[batch, kv_heads, positions * splits(group, cap)]`` int32
         Tokens read; their sum over the last dimension is a KV head's.
     union : bool
         Each token serves every query head of its KV head, not only those that selected it.
     replace : bool
         False: nothing is taken out (no residual).
+    positions : int
+        Positions of the pass, which share nothing: where other shapes say group, there are the query heads of each position
+        side by side. ``splits`` is of one position's group.
     """
     _launch(
         store, q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, None, slot0, scaling, key_bits,
-        value_bits, union, replace,
+        value_bits, union, replace, positions,
     )  # fmt: skip
 
 
 def gather_attention_reference(
     store: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor, records: Tensor,
     acc: Tensor, ml: Tensor, fetched: Tensor, slot0: int, scaling: float, key_bits: int, value_bits: int,
-    union: bool, replace: bool,
+    union: bool, replace: bool, positions: int = 1,
 ) -> None:  # fmt: skip
     """:func:`gather_attention` in plain torch, float32: one partial, the others empty."""
     batch, heads, group, cap = ids.shape
+    if positions > 1:
+        queries = q.view(batch, heads, positions, group // positions, -1)
+        parts = (x.chunk(positions, 2) for x in (ids, counts, thresholds, limits, scores, acc, ml, fetched))
+        for i, (of_ids, count, threshold, limit, score, sums, weight, reads) in enumerate(zip(*parts, strict=True)):
+            gather_attention_reference(
+                store, queries[:, :, i].flatten(1, 2), of_ids, count, threshold, limit, score, records, sums, weight, reads,
+                slot0, scaling, key_bits, value_bits, union, replace,
+            )  # fmt: skip
+        return
     d, n = q.shape[2], scores.shape[3]
     place = torch.arange(cap, device=ids.device) < counts.unsqueeze(-1)
     listed = torch.zeros(batch, heads, group, n + 1, dtype=torch.bool, device=ids.device)

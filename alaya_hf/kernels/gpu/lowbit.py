@@ -7,19 +7,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alaya_hf.kernels.gpu import lowbit_cuda, nvrtc
+from alaya_hf.kernels.gpu import lowbit_cuda, lowbit_rows_cuda, nvrtc
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.op import LOG2E, check, next_power_of_2, operator
 from alaya_hf.kernels.gpu.unpack import constants, load_keys, load_values
 
+_ROWS = 64  # most query rows of one program of the Triton kernel
 
-def splits(kv_rows: int, layout: Layout, device: torch.device) -> int:
-    """Partials per head that fill the device, for ``batch * kv_heads`` rows."""
+
+def splits(kv_rows: int, rows: int, layout: Layout, device: torch.device) -> int:
+    """Partials per query row that fill the device, for `rows` query rows in each of ``batch * kv_heads``."""
     if device.type != "cuda":
         return 2
     if not nvrtc.available(device.index or 0):
-        return max(1, 4 * torch.cuda.get_device_properties(device).multi_processor_count // kv_rows)
-    return max(1, lowbit_cuda.blocks_per_device(layout, device) // kv_rows)
+        programs = kv_rows * -(-rows // _ROWS)
+        return max(1, 4 * torch.cuda.get_device_properties(device).multi_processor_count // programs)
+    if rows <= lowbit_cuda.ROWS:
+        return max(1, lowbit_cuda.blocks_per_device(layout, device) // kv_rows)
+    warps, blocks = lowbit_rows_cuda.grouping(rows)
+    return max(1, lowbit_rows_cuda.blocks_per_device(layout, warps, device) // (kv_rows * blocks))
 
 
 @triton.jit
@@ -37,7 +43,7 @@ def _lowbit(  # type: ignore[no-untyped-def]
     parts = tl.num_programs(0)
     first = (tiles.to(tl.int64) * split // parts).to(tl.int32)
     last = (tiles.to(tl.int64) * (split + 1) // parts).to(tl.int32)
-    g = tl.arange(0, GP)
+    g = tl.program_id(2) * GP + tl.arange(0, GP)
     c = tl.arange(0, DP2)
     t = tl.arange(0, 64)
     heads = g < G
@@ -77,7 +83,7 @@ def _lowbit(  # type: ignore[no-untyped-def]
 @operator("lowbit_pass", mutates=["best", "tile_max", "scores", "acc", "ml"])
 def lowbit_pass(
     records: Tensor, q: Tensor, lengths: Tensor, best: Tensor, tile_max: Tensor, scores: Tensor, acc: Tensor, ml: Tensor,
-    slot0: int, parts: int, scaling: float, beta: float, key_bits: int, value_bits: int,
+    slot0: int, parts: int, scaling: float, beta: float, key_bits: int, value_bits: int, positions: int = 1,
 ) -> None:  # fmt: skip
     """Score every token of the low-bit copy and attend to all of them.
 
@@ -102,10 +108,14 @@ def lowbit_pass(
         Partials ``slot0 ... slot0 + parts`` are written.
     beta : float
         Range in units of scores; ``inf`` writes all scores.
+    positions : int
+        Positions of the pass; `group` is then rows, the query heads of each position side by side. All heads of a position can
+        read what one of them selects, so what is written for one is written for all of them.
 
     Notes
     -----
-    Cost: one read of the records. Weights come from the float16 scores, so that the gather can reproduce them.
+    Cost: one read of the records for up to 64 rows; for more, blocks that read the same records run side by side. Weights
+    come from the float16 scores, so that the gather can reproduce them.
     """
     batch, heads, capacity, _ = records.shape
     d = q.shape[2]
@@ -118,23 +128,30 @@ def lowbit_pass(
     check(acc, "acc", (batch, heads, group, None, d), torch.float32)
     partials = acc.shape[3]
     if q.is_cuda and nvrtc.available(q.device.index):
-        run, shared, _ = lowbit_cuda.kernel(layout, q.dtype == torch.bfloat16, q.device.index)
-        run(
-            (parts, batch * heads, -(-group // 8)), 32 * lowbit_cuda.WARPS, shared,
-            [records, q, lengths, best, tile_max, scores, acc, ml, heads, group, capacity, partials, slot0,
-             float(scaling * LOG2E), float(beta) if group <= 8 else float("inf")],
-        )  # fmt: skip
+        sizes = [group, capacity, partials, slot0, float(scaling * LOG2E)]
+        tensors = [records, q, lengths, best, tile_max, scores, acc, ml, heads]
+        if group <= lowbit_cuda.ROWS:
+            run, shared, _ = lowbit_cuda.kernel(layout, q.dtype == torch.bfloat16, q.device.index)
+            run((parts, batch * heads, 1), 32 * lowbit_cuda.WARPS, shared, [*tensors, *sizes, float(beta)])
+            return
+        warps, blocks = lowbit_rows_cuda.grouping(group)
+        run, shared = lowbit_rows_cuda.kernel(layout, q.dtype == torch.bfloat16, warps, q.device.index)
+        # A warp decides for its rows: none may have a part of a position's heads alone.
+        whole = lowbit_rows_cuda.ROWS % (group // positions) == 0
+        arguments = [*tensors, group, blocks, *sizes[1:], float(beta) if whole else float("inf")]
+        run((parts * blocks, batch * heads, 1), 32 * warps, shared, arguments)
         return
-    _lowbit[(parts, batch * heads)](
+    rows = min(_ROWS, max(16, next_power_of_2(group)))
+    _lowbit[(parts, batch * heads, -(-group // rows))](
         records, records.view(torch.float16), q, lengths, best, tile_max, scores, acc, ml, capacity, partials, slot0,
-        scaling * LOG2E, beta, H=heads, G=group, GP=max(16, next_power_of_2(group)), D=d,
+        scaling * LOG2E, beta, H=heads, G=group, GP=rows, D=d,
         DP2=next_power_of_2(layout.padded), **constants(layout), num_warps=8,
     )  # fmt: skip
 
 
 def lowbit_pass_reference(
     records: Tensor, q: Tensor, lengths: Tensor, best: Tensor, tile_max: Tensor, scores: Tensor, acc: Tensor, ml: Tensor,
-    slot0: int, parts: int, scaling: float, beta: float, key_bits: int, value_bits: int,
+    slot0: int, parts: int, scaling: float, beta: float, key_bits: int, value_bits: int, positions: int = 1,
 ) -> None:  # fmt: skip
     """:func:`lowbit_pass` in plain torch, float32: one partial, the others empty; all scores written."""
     batch, heads, capacity, _ = records.shape

@@ -12,84 +12,27 @@ from functools import lru_cache
 import torch
 
 from alaya_hf.kernels.gpu.layout import Layout
+from alaya_hf.kernels.gpu.lowbit_source import PRELUDE, SHARED_PER_SM, macros
 from alaya_hf.kernels.gpu.nvrtc import Kernel, compile_kernel
 
 WARPS = 4
-_SHARED_PER_SM = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100, 121: 100}  # KiB
+ROWS = 8  # of a launch: query heads of a KV head
 
-SOURCE = r"""
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef long long i64;
-
-#define J (DP / 8)
-#define KF (8 / KB)
-#define NG (DP / 32)
-#define K_PARAMS (8 * 32 * WK * 4)
-#define V_AT (K_PARAMS + 2 * DP * 2)
-#define V_PARAMS (V_AT + 4 * 32 * WV * 4)
-#define MT (DP / 16)
-#define NEG __int_as_float(0xff800000)
-#define ALL 0xffffffffu
-#define OFFSET 6.0f  // weights are 2^OFFSET times larger: small ones stay clear of half's subnormals
-
-__device__ __forceinline__ u32 mul2(u32 a, u32 b) {
-  u32 d; asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b)); return d;
-}
-__device__ __forceinline__ u32 pack(float lo, float hi) {
-  u32 d; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(hi), "f"(lo)); return d;
-}
-__device__ __forceinline__ void unpack(u32 h, float& lo, float& hi) {
-  asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}" : "=f"(lo), "=f"(hi) : "r"(h));
-}
-__device__ __forceinline__ float exp2_(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
-__device__ __forceinline__ void mma16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma8(float (&c)[4], u32 a0, u32 a1, u32 b0) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b0));
-}
-template <int N> __device__ __forceinline__ void load_words(u32 (&w)[N], const u32* at) {
-  if (N % 4 == 0) {
-#pragma unroll
-    for (int i = 0; i < N / 4; i++) {
-      uint4 x = ((const uint4*)at)[i];
-      w[4 * i] = x.x; w[4 * i + 1 < N ? 4 * i + 1 : 0] = x.y; w[4 * i + 2 < N ? 4 * i + 2 : 0] = x.z;
-      w[4 * i + 3 < N ? 4 * i + 3 : 0] = x.w;
-    }
-  } else if (N % 2 == 0) {
-#pragma unroll
-    for (int i = 0; i < N / 2; i++) {
-      uint2 x = ((const uint2*)at)[i];
-      w[2 * i] = x.x; w[2 * i + 1 < N ? 2 * i + 1 : 0] = x.y;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < N; i++) w[i] = at[i];
-  }
-}
-// Two codes of a field, each the subnormal half code * 2^-24 * 2^(bits * field).
-template <int BITS> __device__ __forceinline__ u32 codes(u32 word, int byte, int field) {
-  return (byte ? word >> 8 : word) & ((u32)((1 << BITS) - 1) * 0x00010001u << (BITS * field));
-}
-__device__ __forceinline__ void atomic_max(float* at, float x) {
-  if (x >= 0) atomicMax((int*)at, __float_as_int(x)); else atomicMin((u32*)at, __float_as_uint(x));
-}
-
+SOURCE = (
+    PRELUDE
+    + r"""
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) lowbit_pass(
     const unsigned char* __restrict__ records, const u16* __restrict__ queries, const int* __restrict__ lengths,
     float* best, u16* tile_max, u16* scores, float* acc_out, float* ml_out,
     int kv_heads, int group, int capacity, int slots, int slot0, float factor, float beta) {
   extern __shared__ __align__(16) unsigned char ring[];
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, gid = lane >> 2, tig = lane & 3;
-  const int splits = gridDim.x, split = blockIdx.x, bh = blockIdx.y, head0 = blockIdx.z * 8;
+  const int splits = gridDim.x, split = blockIdx.x, bh = blockIdx.y;
   const int n = lengths[bh / kv_heads];
   const int tiles = (n + 63) >> 6;
   const int first = (int)((i64)tiles * split / splits), last = (int)((i64)tiles * (split + 1) / splits);
-  const bool live = head0 + gid < group;
-  const i64 row = (i64)bh * group + head0 + gid;
+  const bool live = gid < group;
+  const i64 row = (i64)bh * group + gid;
   const unsigned char* source = records + (i64)bh * capacity * RECORD;
   unsigned char* mine = ring + warp * STAGES * RECORD;
 
@@ -274,7 +217,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) lowbit_pass(
   __syncthreads();
   for (int i = threadIdx.x; i < 8 * (D + 1); i += WARPS * 32) {
     const int head = i / (D + 1), c = i % (D + 1);
-    if (head0 + head >= group) break;
+    if (head >= group) break;
     float all = NEG;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) all = fmaxf(all, tops[w * 8 + head]);
@@ -286,17 +229,18 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) lowbit_pass(
         float x = c == D ? from[DP + NG] : from[c] + (VB == 0 ? 0.0f : from[DP + c / 32]);
         sum += x * exp2_((tops[w * 8 + head] - all) * factor);
       }
-    const i64 to = ((i64)bh * group + head0 + head) * slots + slot0 + split;
+    const i64 to = ((i64)bh * group + head) * slots + slot0 + split;
     if (c < D) acc_out[to * D + c] = sum;
     else { ml_out[to * 2] = all > NEG ? all * factor - OFFSET : NEG; ml_out[to * 2 + 1] = sum; }
   }
 }
 """
+)
 
 
 def _stages(layout: Layout, capability: int) -> tuple[int, int]:
     """Ring stages per warp and blocks per multiprocessor that its shared memory has room for."""
-    room = _SHARED_PER_SM.get(capability, 100) * 1024
+    room = SHARED_PER_SM.get(capability, 100) * 1024
     limit = min(room - 1024, 227 * 1024)
     for stages, blocks in ((2, 3), (3, 2), (2, 2), (2, 1)):
         if layout.padded > 128 and blocks > 2:
@@ -316,21 +260,8 @@ def kernel(layout: Layout, bfloat16: bool, device: int) -> tuple[Kernel, int, in
     stages, blocks = _stages(layout, 10 * major + minor)
     epilogue = WARPS * 8 * (layout.padded + layout.groups + 2) * 4
     shared = max(WARPS * stages * layout.record, epilogue)
-    macros = {
-        "D": layout.head_dim,
-        "DP": layout.padded,
-        "KB": layout.key_bits,
-        "VB": layout.value_bits,
-        "VF": 8 // layout.value_bits if layout.value_bits else 1,
-        "WK": layout.key_words,
-        "WV": layout.value_words,
-        "RECORD": layout.record,
-        "BF16": int(bfloat16),
-        "WARPS": WARPS,
-        "STAGES": stages,
-        "BLOCKS": blocks,
-    }
-    return compile_kernel(SOURCE, "lowbit_pass", macros, device, shared), shared, blocks
+    settings = {**macros(layout, bfloat16), "WARPS": WARPS, "STAGES": stages, "BLOCKS": blocks}
+    return compile_kernel(SOURCE, "lowbit_pass", settings, device, shared), shared, blocks
 
 
 def blocks_per_device(layout: Layout, device: torch.device) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from alaya_hf.kernels.gpu import cut as cut_
-from alaya_hf.kernels.gpu import gather, lowbit, merge, quantise, window
+from alaya_hf.kernels.gpu import gather, lowbit, merge, quantise, window, window_rows
+from alaya_hf.kernels.gpu.append import leaving_tiles
 from alaya_hf.kernels.gpu.hot_set import HotSet, insert_hot
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.op import next_power_of_2
@@ -34,6 +37,9 @@ class Workspace:
         Of the output.
     hot : StoreFormat, optional
         With a hot set: the store's rows, for which there is a staging buffer.
+    new, positions : int
+        Of a pass of several tokens: how many they are, and how many of them are worked on at a time. Where shapes of kernels
+        say group, there are the rows of all these positions.
     """
 
     batch: int
@@ -46,13 +52,15 @@ class Workspace:
     device: torch.device
     dtype: torch.dtype
     hot: StoreFormat | None = None
+    new: int = 1
+    positions: int = 1
 
     def __post_init__(self) -> None:
         if self.tokens % TILE:
             raise ValueError(f"expected room for a multiple of {TILE} tokens, got {self.tokens}")
-        rows, device = (self.batch, self.kv_heads, self.group), self.device
-        self.window_parts = window.splits(self.slots)
-        self.parts = lowbit.splits(self.batch * self.kv_heads, self.layout, device)
+        rows, device = (self.batch, self.kv_heads, self.positions * self.group), self.device
+        self.window_parts = window.splits(self.slots) if self.new == 1 else window_rows.splits(self.slots, self.new)
+        self.parts = lowbit.splits(self.batch * self.kv_heads, rows[2], self.layout, device)
         self.gather_parts = gather.splits(self.group, self.cap)
         partials = self.window_parts + self.parts + self.gather_parts
 
@@ -69,20 +77,40 @@ class Workspace:
         self.thresholds = make(*rows)
         self.limits = make(*rows, dtype=torch.int32)
         self.chosen = make(*rows, next_power_of_2(self.cap), dtype=torch.int32)
-        self.fetched = make(self.batch, self.kv_heads, max(1, self.gather_parts), dtype=torch.int32)
-        self.out = make(self.batch, self.kv_heads * self.group, self.layout.head_dim, dtype=self.dtype)
-        self.lse = make(self.batch, self.kv_heads * self.group)
+        self.fetched = make(self.batch, self.kv_heads, self.positions * max(1, self.gather_parts), dtype=torch.int32)
+        self.out = make(self.batch, self.kv_heads * rows[2], self.layout.head_dim, dtype=self.dtype)
+        self.lse = make(self.batch, self.kv_heads * rows[2])
         if self.hot is not None:
             places = (self.batch, self.kv_heads, max(1, self.gather_parts), gather.block(self.cap))
             self.missed = make(*places, dtype=torch.int32)
             self.staged = make(*places, *self.hot.tail, dtype=self.hot.dtype)
+        if self.new > 1:
+            left = (self.batch, self.kv_heads, TILE * leaving_tiles(self.new), self.layout.head_dim)
+            self.left_k, self.left_v = make(*left, dtype=self.dtype), make(*left, dtype=self.dtype)
+            self.first_tile, self.leaving = (make(self.batch, dtype=torch.int32) for _ in range(2))
         self.side = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def first(self, positions: int) -> Workspace:
+        """The same memory for fewer positions at a time."""
+        part = copy.copy(self)
+        part.positions, rows = positions, positions * self.group
+        for name in ("best", "tile_max", "scores", "acc", "ml", "ids", "counts", "thresholds", "limits", "chosen"):
+            shape = (self.batch, self.kv_heads, rows, *getattr(self, name).shape[3:])
+            setattr(part, name, _front(getattr(self, name), shape))
+        part.fetched = _front(self.fetched, (self.batch, self.kv_heads, positions * max(1, self.gather_parts)))
+        part.out = _front(self.out, (self.batch, self.kv_heads * rows, self.layout.head_dim))
+        part.lse = _front(self.lse, (self.batch, self.kv_heads * rows))
+        return part
 
     @property
     def nbytes(self) -> int:
         """Bytes on the device."""
         tensors = [x for x in vars(self).values() if isinstance(x, Tensor)]
         return sum(x.numel() * x.element_size() for x in tensors)
+
+
+def _front(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return x.flatten()[: math.prod(shape)].view(shape)
 
 
 def decode_step(

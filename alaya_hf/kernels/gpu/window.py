@@ -159,14 +159,17 @@ def window_attention_reference(
         ml[row, :, :, slot0, 0], ml[row, :, :, slot0, 1] = top * (scaling * LOG2E), weights.sum(-1)
 
 
-def advance(total: Tensor, low: Tensor, init: int, local: int, capacity: int) -> None:
-    """Count one decoded token, and the 64 that `extend_lowbit` moved where the window was full. Once a step, in place.
+def advance(total: Tensor, low: Tensor, init: int, local: int, capacity: int, tokens: int = 1) -> None:
+    """Count the new tokens of a pass, and those that left full windows for the low-bit copy. Once a pass, in place.
 
     Parameters
     ----------
     total, low : Tensor ``[batch]`` int32
     capacity : int
         Tokens that the low-bit copy has room for.
+    tokens : int
+        New tokens. One: at most one tile leaves.
     """
-    total.add_(1)
-    low.add_(TILE * ((total - init - low >= local + TILE) & (low + TILE <= capacity)).to(low.dtype))
+    total.add_(tokens)
+    tiles = (total - init - low - local).clamp_(0, TILE * (-(-tokens // TILE))) // TILE
+    low.add_(TILE * torch.minimum(tiles, (capacity - low) // TILE))
