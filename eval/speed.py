@@ -28,6 +28,7 @@ from eval.speed_alloc import alloc
 from eval.speed_model import model
 from eval.speed_prefill import prefill
 from eval.speed_reuse import reuse
+from eval.speed_sparse_prefill import sparse_prefill
 from eval.synthetic import synthetic_layer
 
 app = typer.Typer(no_args_is_help=True, help="Speed, against the baseline of the same run.")
@@ -41,6 +42,7 @@ else:
 app.command()(model)
 app.command()(alloc)
 app.command()(prefill)
+app.command()(sparse_prefill)
 
 
 @app.callback()
