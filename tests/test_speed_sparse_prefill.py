@@ -75,3 +75,33 @@ def test_a_file_without_keys_is_refused(tmp_path):
     save_file({"q": torch.zeros(4, 8, 64)}, tmp_path / "one.safetensors")
     with pytest.raises(Exception, match=r"expected q \[heads, n, head_dim\] and k"):
         captured(tmp_path / "one.safetensors", "cpu", torch.float32)
+
+
+def test_whole_model(tmp_path):
+    """Every system answers; thresholds of a short text reach to the longest prompt; all layers are extrapolated."""
+    from eval.speed import app
+
+    arguments = [
+        "--device",
+        "cpu",
+        "--shape",
+        "tiny",
+        "--layers",
+        "1",
+        "--contexts",
+        "300,9000",
+        "--chunks",
+        "2048",
+        "--k",
+        "3",
+    ]
+    systems = ["--systems", "full,alaya,blasst,bsfa,retrieval", "--repeats", "1"]
+    done = CliRunner().invoke(app, ["prefill", *arguments, *systems, "--output", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    with (tmp_path / "prefill.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 10 and not any(row["not run"] for row in rows)
+    for row in rows:
+        assert float(row["s, all layers"]) == pytest.approx(2 * float(row["s"]))
+    # 71 query tiles with 0, 2, 4, ... off-diagonal tiles in one pass; chunks of 16 tiles see those of other blocks.
+    assert float(rows[-2]["skipped"]) > 0.8
