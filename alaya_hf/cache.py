@@ -20,6 +20,7 @@ from alaya_hf.errors import ConfigError, PromptMismatchError, UnsupportedMaskErr
 from alaya_hf.layer import AlayaLayer, ForwardState
 from alaya_hf.patches import decode_graphs, enable_once
 from alaya_hf.probes import Probe
+from alaya_hf.progress import PrefillProgress
 
 
 class AlayaCache(Cache):
@@ -40,6 +41,9 @@ class AlayaCache(Cache):
         Record what every layer and step does, see :meth:`stats`.
     probe_recovery : bool
         Also record the share of attention mass that was attended exactly; costs a dense pass per step.
+    progress : bool
+        Show a progress bar with tokens per second over prompts of 4,096 tokens or more. A prompt that comes in chunks outside
+        ``generate`` gets one bar if :meth:`reserve` was called, otherwise one per chunk.
 
     Raises
     ------
@@ -61,6 +65,7 @@ class AlayaCache(Cache):
         config: PreTrainedConfig | None = None,
         probe: bool = False,
         probe_recovery: bool = False,
+        progress: bool = False,
     ) -> None:
         if settings is None:
             settings = "alaya"
@@ -75,7 +80,7 @@ class AlayaCache(Cache):
         self.settings = settings
         self._probe = probe or probe_recovery
         self._probe_recovery = probe_recovery
-        self._forward = ForwardState()
+        self._forward = ForwardState(progress=PrefillProgress() if progress else None)
         self._shared = DeviceShared()
         self.graphs: DecodeGraphs | None = None
         if settings.cuda_graphs != "none" and "device" in settings.engines:
@@ -159,7 +164,12 @@ class AlayaCache(Cache):
             return deepcopy(self)
         if isinstance(settings, str):
             settings = AlayaConfig.preset(settings)
-        copy = type(self)(settings, probe=self._probe, probe_recovery=self._probe_recovery)
+        copy = type(self)(
+            settings,
+            probe=self._probe,
+            probe_recovery=self._probe_recovery,
+            progress=self._forward.progress is not None,
+        )
         copy._bound, copy._token_ids = self._bound, self._token_ids
         copy._forward.first, copy._forward.layers = self._forward.first, self._forward.layers
         for idx, layer in enumerate(self.layers):
@@ -406,6 +416,8 @@ class AlayaCache(Cache):
         super().reset()
         self._token_ids = None
         self._forward.expected = 0
+        if self._forward.progress is not None:
+            self._forward.progress.close()
         if self.graphs is not None:
             self.graphs.drop()
 

@@ -104,7 +104,8 @@ class AlayaConfig:
         :class:`~alaya_hf.engine.prefill.BSFA`, :class:`~alaya_hf.engine.prefill.BLASST`,
         :class:`~alaya_hf.engine.prefill.Retrieval`. Layers in ``dense_layers`` are always exact.
     prefill_block : int
-        Offloaded tokens that a prefill chunk brings to the device at a time.
+        Offloaded tokens that a prefill chunk brings to the device at a time; with ``engine="device"`` two blocks are there at
+        once. Every block's result is merged into those before, which costs as much for short blocks as for long ones.
     store_dtype : {"auto", "float32", "float16", "bfloat16", "fp8", "int8"}
         Precision of the offloaded keys and values; ``"auto"`` keeps the model's. ``"fp8"`` (float8_e4m3fn) and ``"int8"``, with
         ``engine="device"`` only, halve the host memory and the bytes over the bus: 8-bit numbers and a scale per vector, see
@@ -145,7 +146,7 @@ class AlayaConfig:
     min_context: int = 2048
     max_sparse_queries: int = 64
     prefill: Any = "exact"
-    prefill_block: int = 8192
+    prefill_block: int = 32768
     store_dtype: str = "auto"
     engine: str = "host"
     cuda_graphs: str = "capture"

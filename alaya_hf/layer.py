@@ -26,6 +26,7 @@ from alaya_hf.kernels.attention import window_attention
 from alaya_hf.kernels.partial import Partial, merge
 from alaya_hf.planner import choose
 from alaya_hf.probes import Probe, StepRecord
+from alaya_hf.progress import PrefillProgress
 from alaya_hf.storage import HostStore, Piece, Window
 from alaya_hf.storage.memory import check_room
 
@@ -55,6 +56,8 @@ class ForwardState:
         The first layer that offloads, and how many do; of one model once it is known.
     expected : int
         Columns that the caller said the cache will hold; 0: not known.
+    progress : PrefillProgress or None
+        Told what each layer has attended to.
     """
 
     valid: Tensor | None = None
@@ -62,6 +65,7 @@ class ForwardState:
     first: int = 0
     layers: int = 1
     expected: int = 0
+    progress: PrefillProgress | None = None
 
 
 @dataclass
@@ -508,6 +512,9 @@ class AlayaLayer(CacheLayerMixin):
         self._pending = None
         run = self._decode if sparse else self._prefill
         parts, record = run(query, keys, values, valid, scaling, softcap)
+        if self.forward.progress is not None:
+            past = self._columns - tokens
+            self.forward.progress.advance(tokens, past, self.forward.expected, self.forward.layers)
         if sinks is not None:
             lse = sinks.float().view(1, -1, 1).expand(query.shape[:3])
             parts.append(Partial(torch.zeros(*query.shape, device=query.device), lse))

@@ -29,20 +29,24 @@ from eval.speed_model import model
 from eval.speed_prefill import prefill
 from eval.speed_question import question
 from eval.speed_reuse import reuse
+from eval.speed_sparse_prefill import sparse_prefill
 from eval.synthetic import synthetic_layer
 
 app = typer.Typer(no_args_is_help=True, help="Speed, against the baseline of the same run.")
 app.command()(reuse)
 try:
+    from eval.speed_gather import gathering
     from eval.speed_kernel import kernel
 except ImportError:  # no Triton on this system
     pass
 else:
     app.command()(kernel)
+    app.command("gather")(gathering)
 app.command()(model)
 app.command()(alloc)
 app.command()(prefill)
 app.command()(question)
+app.command()(sparse_prefill)
 
 
 @app.callback()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import re
 import sys
@@ -26,7 +27,7 @@ from alaya_hf.kernels.attention import exact_attention
 from alaya_hf.kernels.partial import merge
 from alaya_hf.registry import ALLOCATORS as REGISTRY
 from alaya_hf.storage import memory
-from alaya_hf.storage.allocators import Contiguous, KVShape, Paged, Segmented, Virtual, host_pages, virtual
+from alaya_hf.storage.allocators import Contiguous, KVShape, Paged, Segmented, Virtual, block_table, host_pages, virtual
 from alaya_hf.storage.transfer import transfer
 from tests.allocators import (
     ALLOCATORS,
@@ -223,6 +224,33 @@ def test_attention_reads_through(name):
         k, v = whole[None].repeat_interleave(2, 1).unbind(3)
         truth = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=0.2)
         torch.testing.assert_close(merge(parts).out, truth)
+
+
+@pytest.mark.parametrize("name", ALLOCATORS)
+def test_block_tables_lead_to_every_row(name):
+    pool = ALLOCATORS[name].open(SHAPE, CAPACITY, "cpu")
+    one, other = pool.allocate(5), pool.allocate(9)
+    for sequence, more in ((one, 7), (other, 3), (one, 14), (other, 1)):  # in turns: neighbours are no neighbours
+        pool.extend(sequence, more)
+    fork = pool.fork(one, 11)
+    pool.extend(fork, 6)
+    sequences = [one, other, fork]
+    for i, sequence in enumerate(sequences):
+        fill(pool, sequence, 0, np.arange(pool.length(sequence)) + 100 * i)
+    for layer in range(SHAPE.layers):
+        table = block_table(pool, sequences, layer)
+        for i, sequence in enumerate(sequences):
+            for token in range(pool.length(sequence)):
+                which, within = divmod(token, table.block) if table.block else (0, token)
+                # By address, as kernels do.
+                address = (
+                    table.pool.data_ptr()
+                    + int(table.offsets[i, which]) * SHAPE.dtype.itemsize
+                    + within * SHAPE.row_bytes
+                )
+                row = (ctypes.c_uint8 * SHAPE.row_bytes).from_address(address)
+                found = torch.frombuffer(row, dtype=SHAPE.dtype).view(SHAPE.kv_heads, 2, SHAPE.head_dim)
+                assert torch.equal(found, rows_of(np.array([token + 100 * i]), layer)[:, 0])
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)

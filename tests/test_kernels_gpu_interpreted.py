@@ -74,6 +74,12 @@ def test_case_gather(case, union, replace):
 
 
 @inside
+@pytest.mark.parametrize("block", [0, 16, 48])
+def test_case_gather_through_a_block_table(case, block):
+    cases.check_gather_blocks(case, block)
+
+
+@inside
 def test_case_merge(case):
     cases.check_merge(case)
 

@@ -69,3 +69,13 @@ def test_case_maxima(case):
 @inside
 def test_case_operator():
     checks.check_operator(checks.Case(*SHAPES[0]))
+
+
+@inside
+def test_case_cuts():
+    checks.check_cuts(checks.Case(64, 1, 2, 200, 333, True, HALF))
+
+
+@inside
+def test_case_layouts():
+    checks.check_layouts(checks.Case(64, 2, 2, 150, 200, True, HALF))

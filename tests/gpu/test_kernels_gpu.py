@@ -91,6 +91,11 @@ def test_gather(case, union, replace):
     cases.check_gather(case, union, replace)
 
 
+@pytest.mark.parametrize("block", [0, 16, 48])
+def test_gather_through_a_block_table(case, block):
+    cases.check_gather_blocks(case, block)
+
+
 def test_merge(case):
     cases.check_merge(case)
 

@@ -9,7 +9,7 @@ import torch
 
 from alaya_hf import AlayaConfig
 from alaya_hf.device_layer import DeviceLayer
-from alaya_hf.engine.device.stream import stream_blocks
+from alaya_hf.engine.device.stream import copy_waits, stream_blocks
 from alaya_hf.errors import HostMemoryError
 from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.storage import memory
@@ -135,3 +135,18 @@ def test_a_chunked_prefill_never_holds_a_layer_at_full_precision():
     scores = torch.einsum("hd,hnd->hn", query, keys.float()) * dim**-0.5
     truth = torch.einsum("hn,hnd->hd", scores.softmax(-1), values.float())
     torch.testing.assert_close(out[0, -1].float().cpu(), truth, atol=2e-2, rtol=2e-2)
+
+
+def test_waits_for_copies_are_measured(pool):
+    """Nobody but the copies works here, so nearly all of the time is waiting; nothing is recorded unasked."""
+    host = pool.allocate((2, 2, 64 * MIB), torch.uint8).fill_(3)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    with copy_waits() as waits:
+        begin.record()
+        for block in stream_blocks(list(host), torch.device("cuda")):
+            assert block.shape == (2, 64 * MIB)
+        end.record()
+    assert len(waits.pairs) == 2 and 0 < waits.seconds() <= begin.elapsed_time(end) / 1e3
+    for _ in stream_blocks(list(host), torch.device("cuda")):
+        pass
+    assert len(waits.pairs) == 2

@@ -79,3 +79,33 @@ def test_far_strides(dtype):
 
 def test_operator(dtype):
     checks.check_operator(checks.Case(64, 1, 2, 2 * Q_TILE, 300, True, dtype, 1, "cuda"))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_every_cut(dtype, head_dim):
+    for causal in (True, False):
+        checks.check_cuts(checks.Case(head_dim, 2, 4, 700, 1800, causal, dtype, 1, "cuda"))
+
+
+def test_layouts(dtype):
+    checks.check_layouts(checks.Case(128, 2, 4, 300, 900, True, dtype, 2, "cuda"))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_long_chunk_against_sdpa(dtype, head_dim):
+    """As long as what is timed: many tiles per program, heads that share keys, a chunk behind a prefix."""
+    m, n, group = 8192, 12288, 4
+    q = torch.randn(1, 2 * group, m, head_dim, device="cuda").to(dtype)
+    k, v = torch.randn(2, 1, 2, n, head_dim, device="cuda").to(dtype).unbind(0)
+    for part_k, part_v, causal in (
+        (k[:, :, n - m :], v[:, :, n - m :], True),
+        (k[:, :, : n - m], v[:, :, : n - m], False),
+    ):
+        wanted = torch.nn.functional.scaled_dot_product_attention(q, part_k, part_v, is_causal=causal, enable_gqa=True)
+        dense = sparse_attention(q, part_k, part_v, None, head_dim**-0.5, causal).partial.out
+        torch.testing.assert_close(dense, wanted.float(), atol=8 * torch.finfo(dtype).eps, rtol=0)
+        # A mass of at most lambda per token may be missing: next to nothing at this lambda.
+        limits = torch.full((2 * group, m // Q_TILE), math.log(1e-7) * head_dim**0.5, device="cuda")
+        top = torch.full((1, 2 * group, m), -math.inf, device="cuda")
+        found = sparse_attention(q, part_k, part_v, TileRule(limits, True), head_dim**-0.5, causal, top).partial.out
+        torch.testing.assert_close(found, wanted.float(), atol=8 * torch.finfo(dtype).eps, rtol=0)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -13,6 +16,45 @@ from torch import Tensor
 def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
     """A device's stream for copies: ``"read"`` from host memory, ``"write"`` to it, which the bus carries both at once."""
     return torch.cuda.Stream(device)
+
+
+@dataclass
+class CopyWaits:
+    """When a device's compute stream waited for copies: events before and behind every wait."""
+
+    pairs: list[tuple[torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def seconds(self) -> float:
+        """All waits together. Waits for the device."""
+        torch.cuda.synchronize()
+        return sum(begin.elapsed_time(end) for begin, end in self.pairs) / 1e3
+
+
+_waits: ContextVar[CopyWaits | None] = ContextVar("alaya_hf_copy_waits", default=None)
+
+
+@contextmanager
+def copy_waits() -> Iterator[CopyWaits]:
+    """Measure the waits of what runs inside, on one device: two timed events each. Not around a captured step."""
+    waits = CopyWaits()
+    token = _waits.set(waits)
+    try:
+        yield waits
+    finally:
+        _waits.reset(token)
+
+
+def wait_for_copy(stream: torch.cuda.Stream, copied: torch.cuda.Event) -> None:
+    """Let what comes next on a compute stream wait for a copy."""
+    waits = _waits.get()
+    if waits is None:
+        stream.wait_event(copied)
+        return
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record(stream)
+    stream.wait_event(copied)
+    end.record(stream)
+    waits.pairs.append((begin, end))
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
@@ -67,7 +109,7 @@ def stream_blocks(sources: Sequence[Tensor], device: torch.device) -> Iterator[T
         for i, source in enumerate(sources):
             if i + 1 < len(sources):
                 fetch(i + 1)
-            main.wait_event(arrived[i % 2])
+            wait_for_copy(main, arrived[i % 2])
             yield buffers[i % 2][:, : source.shape[1]]
             released[i % 2].record(main)
 

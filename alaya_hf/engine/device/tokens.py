@@ -13,7 +13,7 @@ from torch import Tensor
 from alaya_hf.config import WindowConfig
 from alaya_hf.engine.device.plan import DevicePlan
 from alaya_hf.engine.device.shared import Counters, DeviceShared, after_pass, constant
-from alaya_hf.engine.device.stream import side_stream, stream_blocks
+from alaya_hf.engine.device.stream import side_stream, stream_blocks, wait_for_copy
 from alaya_hf.engine.prefill import PrefillPass
 from alaya_hf.errors import AlayaError, NonFiniteError
 from alaya_hf.kernels.gpu.host_memory import device_view
@@ -265,7 +265,7 @@ class DeviceTokens:
     def settle(self) -> None:
         """Let the current stream wait for the copies to the store; everything that reads it comes after this."""
         if self._written is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._written)
+            wait_for_copy(torch.cuda.current_stream(self.device), self._written)
             self._written = None
 
     def _wait(self) -> None:
@@ -282,7 +282,7 @@ class DeviceTokens:
         layers : int
             Layers that are about to need as much: refuse now if the host cannot hold them all.
         expected : int
-            Places that will be needed as far as one knows: if the store has to grow, as far as that.
+            Places that will be needed as far as one knows: what has to grow grows as far as that.
 
         Raises
         ------
@@ -297,6 +297,7 @@ class DeviceTokens:
             self._set_store(self._copied_store(batch, capacity, list(range(batch)), layers))
         tiles = low // TILE
         if tiles > self.records.shape[2]:
+            tiles = max(tiles, (expected - self.local) // TILE)
             grown = self.layout.allocate(batch, self.kv_heads, TILE * (tiles + tiles // 128 + _TILE_STEP), self.device)
             grown[:, :, : self.records.shape[2]] = self.records
             self.records = grown

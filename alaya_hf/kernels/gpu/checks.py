@@ -293,6 +293,50 @@ def check_gather(case: Case, union: bool, replace: bool) -> None:
     torch.testing.assert_close(lse, true_lse, atol=2e-3, rtol=1e-3)
 
 
+def check_gather_blocks(case: Case, block: int, gap: int = 3) -> None:
+    """Tokens that an allocator scattered are those of the store: the same partials, bit for bit."""
+    work = run_pass(case, run=lowbit.lowbit_pass_reference)
+    cut.cut_reference(work.tile_max, work.scores, work.best, work.ml, case.low, work.ids, work.counts, work.thresholds,
+                      work.limits, work.chosen, 0, work.parts, case.scaling, INF, 1.0)  # fmt: skip
+    store = case.on_device(case.store())
+    batch, heads, capacity = store.shape[:3]
+    size, count = (block, -(-capacity // block)) if block else (capacity, 1)
+    places = torch.randperm(batch * count * gap)[: batch * count].view(batch, count)
+    rows = torch.full(
+        (batch * count * gap * size, heads, 2, case.d), float("nan"), dtype=store.dtype, device=store.device
+    )
+    for row in range(batch):
+        for i, place in enumerate(places[row].tolist()):
+            part = store[row, :, i * size : (i + 1) * size].transpose(0, 1)
+            rows[place * size : place * size + len(part)] = part
+    # Offsets count from somewhere in the middle.
+    middle = int(places[0, 0]) * size
+    pool = rows.flatten()[middle * heads * 2 * case.d :]
+    blocks = ((places * size - middle) * heads * 2 * case.d).to(store.device)
+    arguments = (case.q, work.ids, work.counts, work.thresholds, work.limits, work.scores, case.records)
+    results = []
+    for run in (gather.gather_attention_blocks, gather.gather_attention_blocks_reference, None):
+        to = case.work()
+        to.acc.zero_()
+        how = (work.parts, case.scaling, *case.bits, True, True)
+        if run is None:
+            gather.gather_attention(store, *arguments, to.acc, to.ml, to.fetched, *how)
+        else:
+            run(pool, blocks, *arguments, to.acc, to.ml, to.fetched, block, *how)
+        results.append(to)
+    found, reference, wanted = results
+    parts = slice(work.parts, work.parts + wanted.gather_parts)
+    assert torch.equal(found.fetched, wanted.fetched)
+    assert torch.equal(found.ml[..., parts, :], wanted.ml[..., parts, :])
+    assert torch.equal(found.acc[..., parts, :], wanted.acc[..., parts, :])
+    assert torch.equal(reference.fetched.sum(-1), wanted.fetched.sum(-1))
+    out, lse, truth, true_lse = (
+        x for to in (found, reference) for x in case.merged(to, work.parts, wanted.gather_parts)
+    )
+    torch.testing.assert_close(out, truth, atol=3e-3, rtol=2e-3)
+    torch.testing.assert_close(lse, true_lse, atol=2e-3, rtol=1e-3)
+
+
 def check_merge(case: Case) -> None:
     """Any partials, some empty, some rows with none."""
     work = case.work()

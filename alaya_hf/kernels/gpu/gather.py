@@ -27,12 +27,13 @@ def splits(group: int, cap: int) -> int:
 
 @triton.jit
 def _gather(  # type: ignore[no-untyped-def]
-    store, scales, q_ptr, ids, counts, thresholds, limits, scores, words, halves, acc, ml, fetched,
+    store, scales, blocks, q_ptr, ids, counts, thresholds, limits, scores, words, halves, acc, ml, fetched,
     hot, hot_scales, tags, stamps, claims, looked_up, staged, staged_scales, missed, total,
-    store_capacity, capacity, partials, slot0, factor, sets, positions,
+    store_capacity, block_count, capacity, partials, slot0, factor, sets, positions,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP2: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
     UNION: tl.constexpr, LOWBIT: tl.constexpr,
     FORMAT: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr, HOT: tl.constexpr, H: tl.constexpr, WAYS: tl.constexpr,
+    TABLE: tl.constexpr, PAGE: tl.constexpr,
     PADDED: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_WORDS: tl.constexpr,
     VALUE_WORDS: tl.constexpr, KEY_PARAMS: tl.constexpr, VALUES: tl.constexpr, VALUE_PARAMS: tl.constexpr,
     RECORD: tl.constexpr,
@@ -77,10 +78,19 @@ def _gather(  # type: ignore[no-untyped-def]
         tl.atomic_add(looked_up + 1, tl.sum(near.to(tl.int64)), sem="relaxed")
     if fetch > 0:
         inside = there[:, None] & (c < D)[None, :]
-        line = bh * store_capacity + token
+        if TABLE:
+            # Rows of a pool: all heads of a token side by side, tokens in blocks, or in one run.
+            which = token // PAGE if PAGE > 0 else token * 0
+            start = tl.load(blocks + bh // H * block_count + which, mask=there, other=0)
+            within = token % PAGE if PAGE > 0 else token
+            line = within.to(tl.int64) * H + bh % H
+            row_at = tl.multiple_of(start, 8) + line * ROW
+        else:
+            line = bh * store_capacity + token
+            row_at = line * ROW
         over_bus = far[:, None] & (c < D)[None, :]
-        k = tl.load(store + line[:, None] * ROW + c[None, :], mask=over_bus, other=0)
-        v = tl.load(store + line[:, None] * ROW + D + c[None, :], mask=over_bus, other=0)
+        k = tl.load(store + row_at[:, None] + c[None, :], mask=over_bus, other=0)
+        v = tl.load(store + row_at[:, None] + D + c[None, :], mask=over_bus, other=0)
         if FORMAT > 0:
             k_scale = tl.load(scales + line * (ROW // 4) + SCALES, mask=far, other=0.0)
             v_scale = tl.load(scales + line * (ROW // 4) + SCALES + 1, mask=far, other=0.0)
@@ -134,14 +144,15 @@ def _gather(  # type: ignore[no-untyped-def]
 def _launch(
     store: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor, records: Tensor,
     acc: Tensor, ml: Tensor, fetched: Tensor, hot: tuple[Tensor, ...] | None, slot0: int, scaling: float, key_bits: int,
-    value_bits: int, union: bool, replace: bool, positions: int = 1,
+    value_bits: int, union: bool, replace: bool, positions: int = 1, blocks: Tensor | None = None, block_tokens: int = 0,
 ) -> None:  # fmt: skip
     batch, heads, rows, cap = ids.shape
     group = rows // positions
     d = q.shape[2]
     if cap == 0:
         return
-    layout, form = Layout(d, key_bits, value_bits), StoreFormat.of(store, d)
+    layout = Layout(d, key_bits, value_bits)
+    form = StoreFormat.of(store, d) if blocks is None else StoreFormat(d, store.dtype)
     check(fetched, "fetched", (batch, heads, positions * splits(group, cap)), torch.int32)
     elements, scales = form.kernel_views(store)
     # Without a hot set, anything will do for its pointers.
@@ -155,12 +166,13 @@ def _launch(
         check(claims, "claims", (batch, heads, tags.shape[2]), torch.int64)
         places = (*form.kernel_views(kept), tags, stamps, claims, looked_up, *form.kernel_views(staged), missed, total)
     _gather[(splits(group, cap), batch * heads * positions)](
-        elements, scales, q, ids, counts, thresholds, limits, scores, records, records.view(torch.float16), acc, ml, fetched,
-        *places, store.shape[2], records.shape[2], acc.shape[3], slot0, scaling * LOG2E, 1 if hot is None else hot[1].shape[2],
-        positions,
+        elements, scales, ids if blocks is None else blocks, q, ids, counts, thresholds, limits, scores, records,
+        records.view(torch.float16), acc, ml, fetched,
+        *places, store.shape[2] if blocks is None else 0, 0 if blocks is None else blocks.shape[1], records.shape[2],
+        acc.shape[3], slot0, scaling * LOG2E, 1 if hot is None else hot[1].shape[2], positions,
         G=group, GP=max(16, next_power_of_2(group)), D=d, DP2=next_power_of_2(d), CAP=cap, BLOCK=block(cap),
         UNION=union, LOWBIT=replace, FORMAT=form.code, ROW=form.row, SCALES=form.scale_place, HOT=hot is not None, H=heads,
-        WAYS=WAYS, **constants(layout), num_warps=4,
+        WAYS=WAYS, TABLE=blocks is not None, PAGE=block_tokens, **constants(layout), num_warps=4,
     )  # fmt: skip
 
 
@@ -313,3 +325,63 @@ def gather_attention_hot_reference(
 
 __all__ = ["TILE", "block", "gather_attention", "gather_attention_hot", "gather_attention_hot_reference",
            "gather_attention_reference", "splits"]  # fmt: skip
+
+
+@operator("gather_attention_blocks", mutates=["acc", "ml", "fetched"])
+def gather_attention_blocks(
+    pool: Tensor, blocks: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor,
+    records: Tensor, acc: Tensor, ml: Tensor, fetched: Tensor, block_tokens: int, slot0: int, scaling: float, key_bits: int,
+    value_bits: int, union: bool, replace: bool,
+) -> None:  # fmt: skip
+    """:func:`gather_attention` over tokens that lie where an allocator put them: through a block table, nothing is copied.
+
+    Parameters
+    ----------
+    pool : Tensor
+        float16 or bfloat16, flat: where the table's offsets count from; in memory that kernels read.
+    blocks : Tensor ``[batch, n]`` int64
+        Elements from the beginning of `pool` to the first row of each block of a sequence, multiples of 8; a row is a token's
+        ``[kv_heads, 2, head_dim]``. :func:`alaya_hf.storage.allocators.block_table` makes them.
+    block_tokens : int
+        Tokens of a block; 0: a sequence is one run, and has one entry.
+    q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, slot0, scaling, key_bits, value_bits, union, replace
+        As for :func:`gather_attention`; token ids count from the sequence's first token.
+
+    Raises
+    ------
+    ValueError
+    """
+    check(blocks, "blocks", (ids.shape[0], None), torch.int64)
+    if pool.dim() != 1 or pool.dtype not in (torch.float16, torch.bfloat16) or block_tokens < 0:
+        raise ValueError(
+            f"expected a flat pool in float16 or bfloat16 and blocks of at least 0 tokens, got {list(pool.shape)} {pool.dtype} "
+            f"and {block_tokens}"
+        )
+    _launch(
+        pool, q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, None, slot0, scaling, key_bits,
+        value_bits, union, replace, blocks, block_tokens,
+    )  # fmt: skip
+
+
+def gather_attention_blocks_reference(
+    pool: Tensor, blocks: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor,
+    records: Tensor, acc: Tensor, ml: Tensor, fetched: Tensor, block_tokens: int, slot0: int, scaling: float, key_bits: int,
+    value_bits: int, union: bool, replace: bool,
+) -> None:  # fmt: skip
+    """:func:`gather_attention_blocks` in plain torch: the listed tokens' rows are brought to where a store has them."""
+    batch, heads = ids.shape[:2]
+    row = 2 * q.shape[2]
+    place = torch.arange(ids.shape[3], device=ids.device) < counts.unsqueeze(-1)
+    token = torch.where(place, ids.long(), 0)
+    which, within = (token // block_tokens, token % block_tokens) if block_tokens else (token * 0, token)
+    start = blocks.gather(1, which.view(batch, -1)).view_as(token)
+    line = within * heads + torch.arange(heads, device=ids.device).view(1, -1, 1, 1)
+    store = pool.new_zeros(batch, heads, int(token.max()) + 1, 2, q.shape[2])
+    for b, h, g, x in place.nonzero().tolist():
+        # Offsets may be negative, of a sequence that lies before the one they count from.
+        at = pool.storage_offset() + int(start[b, h, g, x] + line[b, h, g, x] * row)
+        store[b, h, token[b, h, g, x]] = torch.as_strided(pool, (2, row // 2), (row // 2, 1), at)
+    gather_attention_reference(
+        store, q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, slot0, scaling, key_bits, value_bits,
+        union, replace,
+    )  # fmt: skip

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from alaya_hf.kernels.exact.plain import Plain
 from alaya_hf.kernels.partial import Partial, merge
-from alaya_hf.kernels.sparse_prefill.kernel import launch, sparse_attention_kernel
+from alaya_hf.kernels.sparse_prefill.kernel import fetchable, launch, sparse_attention_kernel
 from alaya_hf.kernels.sparse_prefill.reference import sparse_attention_reference
 from alaya_hf.kernels.sparse_prefill.tiles import (
     K_TILE,
@@ -25,6 +25,7 @@ from alaya_hf.kernels.sparse_prefill.tiles import (
     tile_counts,
     tile_maxima,
 )
+from alaya_hf.kernels.sparse_prefill.tuning import cuts, prefer
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def naive_map(case: Case, q: Tensor, k: Tensor, rule: TileRule) -> Tensor:
 
 
 def both(
-    case: Case, q: Tensor, k: Tensor, v: Tensor, rule: TileRule, top: Tensor | None
+    case: Case, q: Tensor, k: Tensor, v: Tensor, rule: TileRule | None, top: Tensor | None
 ) -> tuple[SparsePartial, SparsePartial]:
     """Kernel and reference, which raise `top` alike."""
     other = None if top is None else top.clone()
@@ -151,9 +152,10 @@ def check_skipping(case: Case, relative: bool) -> None:
 
 
 def check_nothing_skipped(case: Case, relative: bool) -> None:
-    """With limits of -inf it is dense attention: error at most twice that of plain low precision."""
+    """With limits of -inf, and without a rule, it is dense attention: error at most twice that of plain low precision."""
     q, k, v = (2 * torch.randn_like(x) for x in case.tensors())
     found, wanted = both(case, q, k, v, case.rule(relative, nothing=True), case.top() if relative else None)
+    dense = both(case, q, k, v, None, None)
     truth = Plain().run(q.float(), k.float(), v.float(), case.scaling, case.causal, None, None)
     assert not int(found.skipped.sum()) and not int(wanted.skipped.sum())
     keys, values = (x.repeat_interleave(case.group, 1) for x in (k, v))
@@ -162,7 +164,7 @@ def check_nothing_skipped(case: Case, relative: bool) -> None:
         visible = torch.ones(case.m, case.n, dtype=torch.bool, device=q.device).tril(case.n - case.m)
         scores = scores.masked_fill(~visible, -math.inf)
     plain = (torch.nan_to_num(scores.softmax(-1)).to(case.dtype) @ values).float()
-    for each in (found, wanted):
+    for each in (found, wanted, *dense):
         assert (each.partial.out - truth.out).abs().max() <= 2 * (plain - truth.out).abs().max() + 1e-5
         torch.testing.assert_close(each.partial.lse, truth.lse, atol=1e-3, rtol=1e-4)
 
@@ -201,7 +203,7 @@ def check_poison(case: Case) -> None:
     out = torch.full((batch, heads, m, d), math.nan, device=q.device)
     lse = torch.full((batch, heads, m), math.nan, device=q.device)
     skipped = torch.full((batch, heads, rows), -77, dtype=torch.int32, device=q.device)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (fetchable(x) for x in (q, k, v))
     launch(q, k, v, limits, None, out, lse, skipped, None, case.scaling, case.causal, False)
     wanted = sparse_attention_reference(q, k, v, TileRule(limits), case.scaling, case.causal, None, False)
     assert torch.equal(skipped, wanted.skipped) and not out.isnan().any()
@@ -215,7 +217,7 @@ def check_operator(case: Case) -> None:
     q, k, v = case.tensors()
     batch, heads, m, d = q.shape
     rows, columns = tile_counts(m, case.n)
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = (fetchable(x) for x in (q, k, v))
     out, lse = torch.zeros(batch, heads, m, d, device=q.device), torch.zeros(batch, heads, m, device=q.device)
     skipped = torch.zeros(batch, heads, rows, dtype=torch.int32, device=q.device)
     record = torch.zeros(batch, heads, rows, columns, dtype=torch.uint8, device=q.device)
@@ -241,3 +243,37 @@ def check_maxima(case: Case) -> None:
         kept = (maxima[row] >= limits[:, :, None]).sum(-1)
         there = (~torch.isneginf(maxima[row])).sum(-1)
         assert torch.equal(there - kept, found.skipped[row].long())
+
+
+def check_cuts(case: Case) -> None:
+    """However the kernel is cut, it skips the same tiles and attends to the others."""
+    for skips in (True, False):
+        before = cuts(case.head_dim, skips)
+        try:
+            for cut in before:
+                prefer(case.head_dim, skips, cut)
+                if skips:
+                    check_skipping(case, True)
+                else:
+                    check_nothing_skipped(case, False)
+        finally:
+            prefer(case.head_dim, skips, before[0])
+
+
+def check_layouts(case: Case) -> None:
+    """Keys and values that descriptors of memory cannot say are copied first: odd addresses and strides, repeated heads."""
+    q, k, v = case.tensors()
+    wanted = sparse_attention_reference(q, k, v, None, case.scaling, case.causal, None, False).partial
+
+    def odd(x: Tensor) -> Tensor:
+        wide = torch.zeros(*x.shape[:3], x.shape[3] + 3, dtype=x.dtype, device=x.device)
+        wide[..., 1 : 1 + x.shape[3]] = x
+        return wide[..., 1 : 1 + x.shape[3]]
+
+    transposed = k.transpose(2, 3).contiguous().transpose(2, 3)
+    for keys, values in ((odd(k), odd(v)), (transposed, v), (k, v.transpose(1, 2).contiguous().transpose(1, 2))):
+        found = sparse_attention_kernel(q, keys, values, None, case.scaling, case.causal, None, False).partial
+        close(found, wanted, case.dtype)
+    one = (k[:, :1].expand(-1, case.kv_heads, -1, -1), v[:, :1].expand(-1, case.kv_heads, -1, -1))
+    wanted = sparse_attention_reference(q, *one, None, case.scaling, case.causal, None, False).partial
+    close(sparse_attention_kernel(q, *one, None, case.scaling, case.causal, None, False).partial, wanted, case.dtype)

@@ -19,7 +19,14 @@ from alaya_hf.kernels.sparse_prefill.tiles import (
 
 
 def sparse_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, rule: TileRule, scaling: float, causal: bool, top: Tensor | None, with_map: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: TileRule | None,
+    scaling: float,
+    causal: bool,
+    top: Tensor | None,
+    with_map: bool,
 ) -> SparsePartial:
     """See :func:`~alaya_hf.kernels.sparse_prefill.sparse_attention`.
 
@@ -33,6 +40,8 @@ def sparse_attention_reference(
     kv_heads, n = k.shape[1], k.shape[2]
     group = heads // kv_heads
     rows, columns = tile_counts(m, n)
+    if rule is None:
+        rule = TileRule(torch.full((heads, rows), float("-inf"), device=q.device))
     partial = Partial.empty((batch, heads, m), v.shape[-1], q.device)
     skipped = torch.zeros(batch, heads, rows, dtype=torch.int32, device=q.device)
     record = torch.zeros(batch, heads, rows, columns, dtype=torch.uint8, device=q.device) if with_map else None

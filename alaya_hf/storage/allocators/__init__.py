@@ -6,11 +6,13 @@ from alaya_hf.storage.allocators.dynamic import Dynamic
 from alaya_hf.storage.allocators.paged import Paged
 from alaya_hf.storage.allocators.segment import Segmented
 from alaya_hf.storage.allocators.shape import KVShape
+from alaya_hf.storage.allocators.table import BlockTable, block_table
 from alaya_hf.storage.allocators.virtual import Virtual
 
 __all__ = [
     "Allocator",
     "AllocatorStats",
+    "BlockTable",
     "Contiguous",
     "Dynamic",
     "Extents",
@@ -20,4 +22,5 @@ __all__ = [
     "Segmented",
     "TokenRun",
     "Virtual",
+    "block_table",
 ]
