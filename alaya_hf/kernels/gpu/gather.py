@@ -359,7 +359,7 @@ def gather_attention_blocks(
         )
     _launch(
         pool, q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, None, slot0, scaling, key_bits,
-        value_bits, union, replace, blocks, block_tokens,
+        value_bits, union, replace, 1, blocks, block_tokens,
     )  # fmt: skip
 
 
