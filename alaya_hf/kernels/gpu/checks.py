@@ -138,7 +138,8 @@ def plain(q: Tensor, k: Tensor, v: Tensor, scaling: float, dtype: torch.dtype) -
 def within_twice(found: Tensor, yardstick: Tensor, truth: Tensor, slack: float = 1e-5) -> None:
     """Error at most twice the yardstick's, against float32."""
     assert not found.isnan().any()
-    assert (found.float() - truth).abs().max() <= 2 * (yardstick.float() - truth).abs().max() + slack
+    error, known = float((found.float() - truth).abs().max()), float((yardstick.float() - truth).abs().max())
+    assert error <= 2 * known + slack, f"off by {error:.3g}, the yardstick by {known:.3g}, slack {slack:.3g}"
 
 
 def check_quantise(case: Case) -> None:
@@ -318,6 +319,10 @@ def check_gather_blocks(case: Case, block: int, gap: int = 3) -> None:
     for run in (gather.gather_attention_blocks, gather.gather_attention_blocks_reference, None):
         to = case.work()
         to.acc.zero_()
+        # With the pass's terms: alone, exact minus approximate ones may have next to no weight.
+        to.acc[..., : work.parts, :], to.ml[..., : work.parts, :] = (
+            x[..., : work.parts, :] for x in (work.acc, work.ml)
+        )
         how = (work.parts, case.scaling, *case.bits, True, True)
         if run is None:
             gather.gather_attention(store, *arguments, to.acc, to.ml, to.fetched, *how)
@@ -331,7 +336,7 @@ def check_gather_blocks(case: Case, block: int, gap: int = 3) -> None:
     assert torch.equal(found.acc[..., parts, :], wanted.acc[..., parts, :])
     assert torch.equal(reference.fetched.sum(-1), wanted.fetched.sum(-1))
     out, lse, truth, true_lse = (
-        x for to in (found, reference) for x in case.merged(to, work.parts, wanted.gather_parts)
+        x for to in (found, reference) for x in case.merged(to, 0, work.parts + wanted.gather_parts)
     )
     torch.testing.assert_close(out, truth, atol=3e-3, rtol=2e-3)
     torch.testing.assert_close(lse, true_lse, atol=2e-3, rtol=1e-3)
@@ -462,9 +467,7 @@ def check_append(case: Case, new: int = 70) -> None:
     for i in range(new):
         window.window_attention_reference(case.q, k[:, :, i], v[:, :, i], step_keys, step_values, views[1], total, low, step.best,
                                           step.acc, step.ml, 0, case.init, case.scaling)  # fmt: skip
-        quantise.extend_lowbit_reference(
-            step_keys, step_values, records[1], total, low, case.init, case.local, *case.bits
-        )
+        quantise.extend_lowbit(step_keys, step_values, records[1], total, low, case.init, case.local, *case.bits)
         window.advance(total, low, case.init, case.local, room)
     counted = case.total.clone(), case.low.clone()
     window.advance(*counted, case.init, case.local, room, new)
@@ -478,7 +481,8 @@ def check_append(case: Case, new: int = 70) -> None:
             assert torch.equal(mine[row][:, held], theirs[row][:, held]) and not mine[row][:, held].isnan().any()
         for mine, theirs in zip(*(case.layout.unpack(x) for x in records), strict=True):
             x, y = mine[row, :, :begin], theirs[row, :, :begin]
-            assert begin == 0 or ((x - y).abs() <= 1e-3 * y.abs().clamp_min(1)).float().mean() > 0.99
+            # The same arithmetic in two kernels: a compiler may round a scale otherwise.
+            assert begin == 0 or (x == y).float().mean() > 0.95
 
 
 def check_short_pass(case: Case, new: int = 5, positions: int = 2, beta: float = INF, union: bool = True) -> None:
