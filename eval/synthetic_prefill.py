@@ -2,7 +2,7 @@
 
 What skipping saves depends on how many tiles it skips, and random Gaussian queries and keys let it skip none. Measured:
 SmolLM2-135M on contracts of 4,096 tokens skips 27.5 % of the off-diagonal tiles at lambda = 0.01, the mean over all
-layers and heads (docs/results/sparse-prefill.md). The generator is made of
+layers and heads (docs/results/prefill.md). The generator is made of
 
 * a background: keys and queries in 24 directions of decaying energy, whose logits spread by 3.5 (0.8 of AlayaDB's range
   at alpha = 0.012) around any query's mean, neighbours sharing half of their variance, as measured for
