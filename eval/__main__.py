@@ -9,6 +9,7 @@ from eval.calibrate_bsfa import calibrate_bsfa
 from eval.faults import faults
 from eval.fidelity_command import fidelity
 from eval.legal_command import legal
+from eval.planner_command import planner
 from eval.profile import profile
 from eval.recall import recall
 from eval.reporting.command import report
@@ -21,6 +22,7 @@ app.command()(ablate)
 app.command()(report)
 app.command()(recall)
 app.command()(profile)
+app.command()(planner)
 app.command()(faults)
 app.command()(fidelity)
 app.command()(calibrate_bsfa)

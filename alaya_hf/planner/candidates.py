@@ -30,6 +30,8 @@ def can_drive(shape: ModelShape) -> str | None:
         return f"the model is on {shape.device}"
     if shape.dtype not in (torch.bfloat16, torch.float16):
         return f"the model's keys are {shape.dtype}"
+    if shape.capped:
+        return "its logits are capped or its heads have sinks"
     if shape.head_dim % 16 or shape.head_dim > 256:
         return f"head dimension {shape.head_dim} is not a multiple of 16 up to 256"
     if importlib.util.find_spec("triton") is None:
@@ -105,6 +107,7 @@ def candidates(
     settings : AlayaConfig
         Of the whole model; what is given there and in ``layers`` stays.
     layer : int
+        Its number in the model.
     engine, window, min_context, store_dtype
         As chosen for the layers together.
     """

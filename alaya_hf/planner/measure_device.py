@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from alaya_hf.kernels.gpu import cut, gather, lowbit, merge, quantise, window
 from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
-from alaya_hf.kernels.gpu.store_format import StoreFormat
+from alaya_hf.kernels.gpu.store_format import EIGHT_BIT, StoreFormat
 from alaya_hf.planner.calibration import Line
+from alaya_hf.planner.layer_plan import LayerPlan
 from alaya_hf.planner.measure_host import fit, sample_layer
 from alaya_hf.planner.shape import ModelShape
 from alaya_hf.storage.pinned import pinned_pool
@@ -89,13 +91,13 @@ class _Case:
             device,
             shape.dtype,
         )
-        self.beta = 5.8 / self.scaling  # alpha 0.003
+        self.beta, self.ratio = 5.8 / self.scaling, 1.0  # alpha 0.003
 
     def step(self) -> Tensor:
         """A whole step."""
         return decode_step(
             self.work, self.q, self.k, self.v, self.window_k, self.window_v, self.store, self.records, self.total, self.low,
-            _INIT, _LOCAL, self.scaling, self.beta,
+            _INIT, _LOCAL, self.scaling, self.beta, self.ratio,
         )  # fmt: skip
 
     def stages(self) -> dict[str, Callable[[], Any]]:
@@ -172,11 +174,7 @@ def measure_device(
         del dense
         for name, dtype in (("gather", shape.dtype), ("gather8", torch.int8)):
             form = StoreFormat(shape.head_dim, dtype)
-            places = tokens - _INIT
-            pinned = pinned_pool().allocate((1, shape.kv_heads, places, *form.tail), form.dtype)
-            packed = form.pack(keys[0, :, _INIT:], values[0, :, _INIT:])
-            pinned[0].copy_(packed)
-            store = device_view(pinned, device)
+            store = _store(form, keys, values)
             for bits in _BITS if name == "gather" else ((4, 2),):
                 for cap in _CAPS if bits == (4, 2) else (_CAPS[0],):
                     cases = [_Case(shape, tokens, bits, cap, store, form, keys, values, query) for _ in range(turns)]
@@ -237,3 +235,42 @@ def _sum(lines: dict[str, Line], tokens: int, fetched: float, bits: tuple[int, i
         lines["gather8" if eight else "gather"](fetched),
     ]
     return sum(parts) + lines[f"pass{bits[0]}{bits[1]}"](tokens)
+
+
+def plan_seconds(plan: LayerPlan, shape: ModelShape, tokens: int, turns: int = 3) -> float:
+    """Seconds of one layer's decode step under a plan of the device engine, replayed as a CUDA graph.
+
+    Parameters
+    ----------
+    plan : LayerPlan
+    shape : ModelShape
+    tokens : int
+        Context.
+    """
+    from alaya_hf.config import AlayaConfig
+    from alaya_hf.engine.device.plan import device_plan
+
+    asked = device_plan(AlayaConfig(**plan.settings()), 0)
+    keys, values, query = _on_device(shape, tokens)
+    form = StoreFormat(shape.head_dim, EIGHT_BIT.get(plan.store_dtype, shape.dtype))
+    store, bits = _store(form, keys, values), (asked.key_bits, asked.value_bits)
+    cases = [_Case(shape, tokens, bits, asked.cap, store, form, keys, values, query) for _ in range(turns)]
+    for case in cases:
+        case.beta, case.ratio = asked.beta(case.scaling), asked.ratio
+    return graph_seconds([case.step for case in cases])
+
+
+@lru_cache(maxsize=1)
+def _on_device(shape: ModelShape, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and queries of :func:`sample_layer` on the device."""
+    row, q = sample_layer(shape, tokens)
+    keys, values = (row[None, :, :, side].contiguous().to("cuda") for side in (0, 1))
+    return keys, values, q.reshape(1, -1, shape.head_dim).to("cuda", shape.dtype)
+
+
+def _store(form: StoreFormat, keys: Tensor, values: Tensor) -> Tensor:
+    """The tokens behind the first ones in pinned host memory, with room for a step's new one, as the device sees it."""
+    kv_heads, places = keys.shape[1], keys.shape[2] - _INIT
+    pinned = pinned_pool().allocate((1, kv_heads, places + TILE, *form.tail), form.dtype)
+    pinned[0, :, :places].copy_(form.pack(keys[0, :, _INIT:], values[0, :, _INIT:]))
+    return device_view(pinned, keys.device)

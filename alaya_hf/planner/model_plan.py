@@ -84,33 +84,18 @@ class ModelPlan:
 
     def config(self) -> AlayaConfig:
         """Settings that do exactly this, without targets. ``layers`` names every layer that differs from the first one."""
+        free = dict.fromkeys(TARGETS)
         first = self.layers[0][0]
-        base = self.settings.replace(**dict.fromkeys(TARGETS), layers={}, cuda_graphs=self.cuda_graphs)
-        others = {
-            key: value
-            for key, value in self.settings.layers.items()
-            if isinstance(key, int) and key >= len(self.layers)
-        }
-        layers: dict[int | str, Any] = {}
-        default = self.settings.for_layer(-1)
-        for number, (plan, _) in enumerate(self.layers):
-            own = self.settings.for_layer(number)
-            changed = {
-                name: getattr(own, name)
-                for name in own.to_dict(full=True)
-                if name not in (*plan.settings(), *TARGETS, "layers", "cuda_graphs")
-                and getattr(own, name) != getattr(default, name)
+        base = self.settings.replace(**free, **first.settings(), cuda_graphs=self.cuda_graphs)
+        layers: dict[int | str, Any] = {key: dict(value) for key, value in self.settings.layers.items()}
+        for place, (plan, _) in enumerate(self.layers):
+            number = self.shape.number(place)
+            changes = {
+                name: value for name, value in plan.settings().items() if getattr(base.for_layer(number), name) != value
             }
-            if plan != first:
-                changed |= plan.settings()
-            if changed:
-                layers[number] = changed
-        shared = {
-            name: getattr(default, name)
-            for name in default.to_dict(full=True)
-            if name not in (*first.settings(), *TARGETS, "layers", "cuda_graphs")
-        }
-        return base.replace(**shared, **first.settings()).replace(layers={**others, **layers})
+            if changes:
+                layers[number] = {**layers.get(number, {}), **changes}
+        return base.replace(layers=layers)
 
     def with_warnings(self, *texts: str) -> ModelPlan:
         """The same with more to say."""

@@ -138,7 +138,10 @@ class Planner:
         """
         room = self.room_for(context) if room is None else room
         if self.settings.planner == "paper":
-            plans = [paper_plan(self.settings, i, self.shape, context, batch, reused) for i in range(self.shape.layers)]
+            plans = [
+                paper_plan(self.settings, self.shape.number(i), self.shape, context, batch, reused)
+                for i in range(self.shape.layers)
+            ]
             found = self.estimate_all(plans, context, batch, room, None, correction, tokens)
             budget = self.settings.gpu_bytes
             if budget is not None and found.device_bytes > budget:
@@ -179,14 +182,14 @@ class Planner:
         fixed: Sequence[LayerPlan] | None, correction: Mapping[str, float] | None, tokens: Sequence[float] | None,
     ) -> list[Choice]:  # fmt: skip
         """Plans of a layer that keep the recovery asked for, or come closest to it, with estimates."""
-        running = None if fixed is None else fixed[layer]
+        running, number = None if fixed is None else fixed[layer], self.shape.number(layer)
         drivers = [engine, "host"] if engine == "device" and running is None else [engine]
         found: list[Choice] = []
         for driver in drivers:
             if running is not None:
                 driver = running.engine
             store = "auto" if running is None else running.store_dtype
-            for plan in candidates(self.settings, layer, self.shape, driver, window, whole, store):  # type: ignore[arg-type]
+            for plan in candidates(self.settings, number, self.shape, driver, window, whole, store):  # type: ignore[arg-type]
                 if running is not None:
                     if driver == "device" and (plan.index, plan.residual) != (running.index, running.residual):
                         continue
@@ -198,9 +201,9 @@ class Planner:
                 if found:
                     break
         if not found:
-            own = self.settings.for_layer(layer)
+            own = self.settings.for_layer(number)
             raise ConfigError(
-                f"layer {layer}: nothing that the planner knows goes with what is given ({', '.join(sorted(own.given & {'engine', 'query', 'index', 'residual', 'store_dtype', 'dense_layers'}))}"
+                f"layer {number}: nothing that the planner knows goes with what is given ({', '.join(sorted(own.given & {'engine', 'query', 'index', 'residual', 'store_dtype', 'dense_layers'}))}"
                 f"; engine {engine!r}{f': {can_drive(self.shape)}' if engine == 'device' and can_drive(self.shape) else ''}). Leave "
                 "one of them to the planner."
             )

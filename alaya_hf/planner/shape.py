@@ -27,6 +27,10 @@ class ModelShape:
         Numbers that a decode step reads, about: the weights without the embedding table. 0: not known.
     name : str
         Where a profile of the model is looked for.
+    numbers : tuple of int
+        Of the layers that offload; empty: all.
+    capped : bool
+        Whether logits are capped or heads have sinks, which only the host engine serves.
     """
 
     layers: int
@@ -37,6 +41,12 @@ class ModelShape:
     device: str = "cpu"
     parameters: int = 0
     name: str = ""
+    numbers: tuple[int, ...] = ()
+    capped: bool = False
+
+    def number(self, place: int) -> int:
+        """Of the layer at a place among those that offload."""
+        return self.numbers[place] if self.numbers else place
 
     @property
     def group(self) -> int:
@@ -76,12 +86,12 @@ class ModelShape:
         kv_heads = getattr(text, "num_key_value_heads", None) or heads
         head_dim = getattr(text, "head_dim", None) or hidden // heads
         kinds = getattr(text, "layer_types", None)
-        full = sum(kind == "full_attention" for kind in kinds) if kinds else layers
+        full = tuple(i for i, kind in enumerate(kinds) if kind == "full_attention") if kinds else ()
         inner = getattr(text, "intermediate_size", None) or 4 * hidden
         per_layer = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * inner
         found = getattr(text, "dtype", None)
         return cls(
-            layers=full or layers,
+            layers=len(full) or layers,
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
@@ -89,4 +99,7 @@ class ModelShape:
             device=device,
             parameters=layers * per_layer + hidden * (getattr(text, "vocab_size", None) or 0),
             name=str(getattr(config, "_name_or_path", "") or ""),
+            numbers=() if len(full) in (0, layers) else full,
+            capped=getattr(text, "attn_logit_softcapping", None) is not None
+            or "gpt_oss" in str(getattr(text, "model_type", "")),
         )
