@@ -300,8 +300,8 @@ class AlayaCache(Cache):
         held = [layer for layer in layers if layer.is_initialized]
         if not held:
             raise ConfigError(
-                "explain() tells of tokens that a cache holds, but this one holds none yet. Run the model first, or use `alaya-hf "
-                "explain` for a context to come."
+                "explain() tells of tokens that a cache holds, but this one holds none yet. Run the model first, or use "
+                "`alaya-hf explain` for a context to come."
             )
         context, batch = max(map(max, (layer.token_counts() for layer in held))), held[0].batch_size
         if self.keeper is not None:
@@ -622,7 +622,8 @@ class AlayaCache(Cache):
             steps fetched, per KV head), ``hot_hits`` (those found on the device) and ``hot_hit_rate`` (None before the first
             lookup); reading them waits for the devices. With
             ``probe=True`` also means over decode steps and layers: ``attended``, ``retrieved``, ``recovery`` (with
-            ``probe_recovery``), ``error`` (estimated error of a layer's output relative to its norm, host engine), ``skipped_tiles`` (share of the off-diagonal tiles that a sparse prefill skipped),
+            ``probe_recovery``), ``error`` (estimated error of a layer's output relative to its norm, host engine),
+            ``skipped_tiles`` (share of the off-diagonal tiles that a sparse prefill skipped),
             ``seconds_per_step`` (attention of all layers), ``steps``, ``bytes_moved``, and per layer
             ``layers[i]`` the same with ``records`` of every step (:class:`alaya_hf.probes.StepRecord`).
         """

@@ -18,10 +18,10 @@ from transformers.cache_utils import CacheLayerMixin
 from alaya_hf.config import STORE_DTYPES_8BIT, AlayaConfig
 from alaya_hf.engine.error import relative
 from alaya_hf.engine.masks import padding_of
+from alaya_hf.engine.plan import Plan
 from alaya_hf.engine.prefill import Exact, PrefillPass
 from alaya_hf.engine.prefill.base import Chunk
 from alaya_hf.engine.record import decode_record
-from alaya_hf.engine.plan import Plan
 from alaya_hf.engine.retrieval import RetrievalStats, retrieve
 from alaya_hf.engine.sampling import sample_queries
 from alaya_hf.errors import AlayaError, BatchSizeError, IgnoredCacheError, UnsupportedModelError

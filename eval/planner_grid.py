@@ -51,8 +51,8 @@ def grid(
 
     Notes
     -----
-    Budgets: everything, the middle between the smallest and the largest plan, and 10 % more than the smallest. SLOs: 1.1 times the
-    fastest plan that fits and keeps the KL, the median of those, and half of the fastest, which nothing keeps.
+    Budgets: everything, the middle between the smallest and the largest plan, and 10 % more than the smallest. SLOs: 1.1 times
+    the fastest plan that fits and keeps the KL, the median of those, and half of the fastest, which nothing keeps.
     """
     cases, measured_rows = [], []
     base = AlayaConfig(planner="cost", engine=engine)
@@ -65,7 +65,8 @@ def grid(
             found[plan] = take(plan, shape, context)
             estimate = planner.estimate(plan, 0, context, 1, context)
             measured_rows.append(
-                {"context": context, "query": plan.names()[0], "residual": plan.names()[2], "predicted ms": 1e3 * estimate.seconds,
+                {"context": context, "query": plan.names()[0], "residual": plan.names()[2],
+                 "predicted ms": 1e3 * estimate.seconds,
                  "measured ms": 1e3 * found[plan][0], "KL": estimate.kl, "device MiB": found[plan][1] / 2**20}
             )  # fmt: skip
             if advance is not None:

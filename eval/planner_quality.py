@@ -50,7 +50,8 @@ def promises(
     ]
     plans = {plan.names() for plan, _ in first.layers}
     return {
-        "expected recovery": first.recovery, "recovery": found.recovery[0], "worst layer": found.worst[0], "worst head": min(heads),
+        "expected recovery": first.recovery, "recovery": found.recovery[0], "worst layer": found.worst[0],
+        "worst head": min(heads),
         "expected KL": first.kl, "KL": Fidelity.mean(found.kl), "retrieved": found.retrieved[0], "plans": len(plans),
         "moves": cache.keeper.moves,
     }  # fmt: skip
@@ -125,8 +126,8 @@ def spearman(x: Tensor, y: Tensor) -> float:
 
 
 def quality(
-    network: Any, texts: list[list[int]], steps: int, window: tuple[int, int], recoveries: tuple[float, ...], kls: tuple[float, ...],
-    advance: Any = None,
+    network: Any, texts: list[list[int]], steps: int, window: tuple[int, int], recoveries: tuple[float, ...],
+    kls: tuple[float, ...], advance: Any = None,
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:  # fmt: skip
     """Promises and doubts, means over the texts.
 

@@ -11,8 +11,8 @@ from rich.progress import Progress
 from torch import Tensor
 
 from alaya_hf import AlayaConfig, AlayaLayer
-from alaya_hf.planner.profile import ALPHAS, RECOVERIES, HeadGroup, Profile, family, profile_path
 from alaya_hf.planner.layer_plan import LayerPlan
+from alaya_hf.planner.profile import ALPHAS, RECOVERIES, HeadGroup, Profile, family, profile_path
 from eval.data import long_contracts
 from eval.fidelity import Fidelity, follow, prefill, reference
 from eval.models import load

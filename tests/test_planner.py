@@ -17,7 +17,6 @@ from alaya_hf import DIPR, AlayaCache, AlayaConfig, Recovery
 from alaya_hf.errors import BudgetError, CalibrationError, ConfigError, ConflictError
 from alaya_hf.planner import ModelShape, Planner
 from alaya_hf.planner.calibration import Calibration, load_calibration
-from alaya_hf.planner.explain import explain_plan
 from alaya_hf.planner.keeper import REVIEW, Keeper
 from alaya_hf.planner.layer_plan import Estimate, LayerPlan, wider
 from alaya_hf.planner.profile import Profile, load_profile

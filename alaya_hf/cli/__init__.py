@@ -175,10 +175,8 @@ def run_calibrate(
         table.add_column(column, justify="left" if column == "whole step" else "right")
     for row in made.report:
         predicted, measured = row["predicted"], row["measured"]
-        error = 100 * abs(predicted - measured) / measured
-        table.add_row(
-            row["plan"], str(row["context"]), f"{1e3 * predicted:.3g}", f"{1e3 * measured:.3g}", f"{error:.0f}"
-        )
+        off = 100 * abs(predicted - measured) / measured
+        table.add_row(row["plan"], str(row["context"]), f"{1e3 * predicted:.3g}", f"{1e3 * measured:.3g}", f"{off:.0f}")
     Console().print(table)
     typer.echo(f"median error {100 * (made.median_error or 0):.0f} %; {path}")
 

@@ -106,8 +106,8 @@ def piece_error(
     Notes
     -----
     With weights ``p_j`` of the left-out tokens and independent errors of size `e`, the error is ``e * sqrt(sum p_j^2)``, at most
-    ``e * sqrt(m * p_max)`` with their mass `m` and largest weight. `e` is the spread of values within a block (block means), or the
-    rounding of a value and the spread of values times the error of a logit (low bit). Without a residual the mass is missing
+    ``e * sqrt(m * p_max)`` with their mass `m` and largest weight. `e` is the spread of values within a block (block means), or
+    the rounding of a value and the spread of values times the error of a logit (low bit). Without a residual the mass is missing
     altogether: ``m`` times the spread of values. Costs a pass over the scores of the tokens left out.
     """
     spread = spread_of(piece.segment, residual)

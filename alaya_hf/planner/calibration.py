@@ -57,7 +57,8 @@ class Calibration:
         Seconds per layer and step besides the stages: ``host`` and ``device`` of attention; ``eager_cpu`` and ``eager_cuda`` of
         Transformers' Python and launches in a step that is not replayed as a graph.
     weights : mapping of str to float
-        Bytes of weights per second that a decode step reads, by type of device; ``cuda_graph`` and ``cuda_compiled`` inside a graph.
+        Bytes of weights per second that a decode step reads, by type of device; ``cuda_graph`` and ``cuda_compiled`` inside a
+        graph.
     reference : bool
         Whether the numbers are those that come with the package, and not this machine's.
     report : tuple of mapping

@@ -123,7 +123,8 @@ def _text(data: dict[str, Any]) -> str:
         f"{data['batch']} x {data['context']} tokens, room for {data['room']}; {wanted}",
         f"per token {time_text(totals['seconds_per_token'])}, {time_text(totals['seconds'])} of it attention; about "
         f"{totals['kl']:.2g} nats from full attention"
-        + ("; estimated / actual, times and bytes of single layers are means" if analysed else "; times and bytes of runs of layers are means of one"),
+        + ("; estimated / actual" if analysed else "")
+        + "; rows of several layers show the mean of one",
     ]  # fmt: skip
     out = StringIO()
     Console(file=out, width=200, force_terminal=False).print(table)

@@ -137,7 +137,7 @@ class Keeper:
     def _measured(
         self, plan: ModelPlan, monitors: Sequence[Monitor | None], context: int, batch: int, between: float | None
     ) -> tuple[dict[str, float], list[float], bool]:  # fmt: skip
-        """Corrections that would make the estimates agree with the last steps, and whether any differs much from those in force."""
+        """Corrections that make the estimates agree with the last steps, and whether any differs much from those in force."""
         now = self.planner.estimate_all(
             [layer for layer, _ in plan.layers],
             context,

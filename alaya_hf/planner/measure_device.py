@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -29,12 +29,12 @@ _CAPS = (32, 256)
 _BITS = ((4, 4), (4, 0), (8, 2), (4, 2))
 
 
-def graph_seconds(calls: list[Callable[[], Any]], repeats: int = 11) -> float:
+def graph_seconds(calls: Sequence[Callable[[], Any]], repeats: int = 11) -> float:
     """Median seconds of one of several calls that a CUDA graph runs one after the other.
 
     Parameters
     ----------
-    calls : list of callable
+    calls : sequence of callable
         Over different memory, so that the cache of the device does not hold what the next one reads.
     """
     stream = torch.cuda.Stream()
@@ -164,11 +164,9 @@ def measure_device(
     gathered: dict[str, list[tuple[float, float]]] = {"gather": [], "gather8": []}
     for tokens in lengths:
         keys, values = whole_keys[:, :, :tokens], whole_values[:, :, :tokens]
+        attend = torch.nn.functional.scaled_dot_product_attention
         dense = [
-            lambda k=keys.clone(), v=values.clone(): torch.nn.functional.scaled_dot_product_attention(
-                query.unsqueeze(2), k, v, enable_gqa=True
-            )
-            for _ in range(turns)
+            partial(attend, query.unsqueeze(2), keys.clone(), values.clone(), enable_gqa=True) for _ in range(turns)
         ]
         points.setdefault("dense", []).append((tokens, graph_seconds(dense)))
         del dense
@@ -214,7 +212,7 @@ def measure_device(
         few, many = found[: len(found) // 2], found[len(found) // 2 :]
         ends = [(statistics.mean(x for x, _ in part), statistics.median(y for _, y in part)) for part in (few, many)]
         lines[name] = fit(ends) if ends[1][0] > ends[0][0] else Line(ends[1][1], 0.0)
-    # Stages overlap and graphs save launches between them: what whole steps take, as a share of the sum, goes into the fixed part.
+    # Stages overlap, and a graph saves launches between them: what whole steps differ by goes into the fixed part.
     gaps = [
         measured - _sum(lines, tokens, fetched, bits, eight) for _, tokens, fetched, measured, bits, eight in wholes
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,16 +101,16 @@ def measure_host(shape: ModelShape, lengths: tuple[int, int] = LENGTHS, repeats:
     def note(stage: str, tokens: int, call: Callable[[], Any]) -> None:
         points.setdefault(stage, []).append((tokens, seconds(call, repeats)))
 
+    cut = DIPR(alpha=0.003, cap=128)
     for tokens in lengths:
         part = kv[:, :tokens]
-        note("dense", tokens, lambda part=part: host.dense_attention(q, part, scaling))
-        note("flat", tokens, lambda part=part: host.scan_scores(q, part))
+        note("dense", tokens, partial(host.dense_attention, q, part, scaling))
+        note("flat", tokens, partial(host.scan_scores, q, part))
         scores = host.scan_scores(q, part)
-        cut = DIPR(alpha=0.003, cap=128)
-        note("cut", tokens, lambda scores=scores: cut.threshold(scores, best, scaling, best))
-        note("cut_recovery", tokens, lambda scores=scores: Recovery(0.98).threshold(scores, best, scaling, best))
+        note("cut", tokens, partial(cut.threshold, scores, best, scaling, best))
+        note("cut_recovery", tokens, partial(Recovery(0.98).threshold, scores, best, scaling, best))
         threshold = cut.threshold(scores, best, scaling, best)
-        note("select", tokens, lambda scores=scores, threshold=threshold: host.select_threshold(scores, threshold))
+        note("select", tokens, partial(host.select_threshold, scores, threshold))
         for bits, values in ((2, None), (8, None), (4, 4), (4, 2)):
             if shape.head_dim % 16:
                 points.setdefault(f"scan{bits}", []).append(points["flat"][-1])
@@ -118,45 +119,32 @@ def measure_host(shape: ModelShape, lengths: tuple[int, int] = LENGTHS, repeats:
             low = LowBitKV(shape.kv_heads, shape.head_dim, bits, values)
             low.append(part)
             if values != 4:
-                note(f"scan{bits}", tokens, lambda low=low: host.lowbit_scores(q, low))
+                note(f"scan{bits}", tokens, partial(host.lowbit_scores, q, low))
             if values:
                 left = host.lowbit_scores(q, low)
-                note(
-                    f"values{values}",
-                    tokens,
-                    lambda low=low, left=left: host.lowbit_attention(low, left, scaling, skip=1e-2),
-                )
+                note(f"values{values}", tokens, partial(host.lowbit_attention, low, left, scaling, skip=1e-2))
         ids, offsets, mask = host.select_threshold(scores, threshold)
         for name, block, keyed in (("means", 32, False), ("key_means", 16, True)):
             means = BlockMeans(shape.kv_heads, shape.head_dim, block, keyed)
             means.append(part)
-
-            def attend(
-                means: BlockMeans = means, keyed: bool = keyed, part: Tensor = part, ids: Tensor = ids, scores: Tensor = scores,
-                offsets: Tensor = offsets, mask: Tensor = mask,
-            ) -> Any:  # fmt: skip
-                return host.block_mean_attention(
-                    q, means, scaling, scores=None if keyed else scores, kv=part, ids=ids, offsets=offsets, mask=mask
-                )
-
-            note(name, tokens, attend)
+            known = None if keyed else scores
+            found = {"kv": part, "ids": ids, "offsets": offsets, "mask": mask}
+            note(name, tokens, partial(host.block_mean_attention, q, means, scaling, scores=known, **found))
     generator = torch.Generator().manual_seed(1)
     for fetched in _FETCHED:
         count = min(fetched, max(lengths))
-        chosen = torch.stack([
+        chosen = [
             torch.randperm(max(lengths), generator=generator)[:count].sort().values for _ in range(shape.kv_heads)
-        ])  # fmt: skip
-        ids, offsets = chosen.flatten().to(torch.int32), torch.arange(shape.kv_heads + 1) * count
-        note(
-            "gather", count, lambda ids=ids, offsets=offsets: host.gather_attention(q, kv, ids, offsets, scaling, None)
-        )
+        ]
+        ids, offsets = torch.cat(chosen).to(torch.int32), torch.arange(shape.kv_heads + 1) * count
+        note("gather", count, partial(host.gather_attention, q, kv, ids, offsets, scaling, None))
         # A walk scores keys one by one where they lie, and keeps its lists: about twice the scoring alone.
-        scored = seconds(lambda ids=ids, offsets=offsets: host.gather_scores(q, kv, ids, offsets), repeats)
+        scored = seconds(partial(host.gather_scores, q, kv, ids, offsets), repeats)
         points.setdefault("graph", []).append((count, 2 * scored))
     for tokens in (128, 640):
         keys = kv[None, :, :tokens, 0].contiguous()
         query = q.reshape(1, -1, 1, shape.head_dim).to(shape.dtype)
-        note("window", tokens, lambda query=query, keys=keys: window_attention(query, keys, keys, scaling, None, None))
+        note("window", tokens, partial(window_attention, query, keys, keys, scaling, None, None))
     return {stage: fit(found) for stage, found in points.items()}
 
 

@@ -202,10 +202,12 @@ class Planner:
                     break
         if not found:
             own = self.settings.for_layer(number)
+            fields = {"engine", "query", "index", "residual", "store_dtype", "dense_layers"}
+            why = can_drive(self.shape) if engine == "device" else None
             raise ConfigError(
-                f"layer {number}: nothing that the planner knows goes with what is given ({', '.join(sorted(own.given & {'engine', 'query', 'index', 'residual', 'store_dtype', 'dense_layers'}))}"
-                f"; engine {engine!r}{f': {can_drive(self.shape)}' if engine == 'device' and can_drive(self.shape) else ''}). Leave "
-                "one of them to the planner."
+                f"layer {number}: nothing that the planner knows goes with the settings given, "
+                f"{', '.join(sorted(own.given & fields)) or 'none of its own'} (engine {engine!r}{f': {why}' if why else ''}). "
+                "Leave one of them to the planner."
             )
         target = self.settings.recovery
         if target is None:
@@ -281,8 +283,8 @@ class Planner:
     def _too_little(self, needed: int, context: int, batch: int) -> BudgetError:
         assert self.settings.gpu_bytes is not None
         return BudgetError(
-            f"gpu_memory={self.settings.gpu_memory!r} is {bytes_text(self.settings.gpu_bytes)}, but the smallest plan for {batch} x "
-            f"{context} tokens of {self.shape.layers} layers takes {bytes_text(needed)} on the device. Allow at least "
+            f"gpu_memory={self.settings.gpu_memory!r} is {bytes_text(self.settings.gpu_bytes)}, but the smallest plan for "
+            f"{batch} x {context} tokens of {self.shape.layers} layers takes {bytes_text(needed)} on the device. Allow at least "
             f"{needed} bytes, give fewer settings of your own (window, engine, residual), or run fewer rows at a time."
         )
 
@@ -292,8 +294,8 @@ class Planner:
         if slo is not None and plan.seconds > slo:
             found.append(
                 f"slo={settings.slo!r} cannot be kept over {plan.batch} x {plan.context} tokens: the best plan takes about "
-                f"{time_text(plan.seconds)} per token, {time_text(plan.base_seconds)} of it outside attention. Allow that much, or "
-                "relax recovery, kl or gpu_memory."
+                f"{time_text(plan.seconds)} per token, {time_text(plan.base_seconds)} of it outside attention. Allow that much, "
+                "or relax recovery, kl or gpu_memory."
             )
         short = [
             i
@@ -303,12 +305,12 @@ class Planner:
         if short:
             least = min(plan.layers[i][1].recovery for i in short)
             found.append(
-                f"recovery={settings.recovery!r} cannot be kept in {len(short)} of {len(plan.layers)} layers with what is given: the "
-                f"best there is {least:.3f}. Leave query or engine to the planner."
+                f"recovery={settings.recovery!r} cannot be kept in {len(short)} of {len(plan.layers)} layers with what is given: "
+                f"the best there is {least:.3f}. Leave query or engine to the planner."
             )
         if settings.kl is not None and plan.kl > settings.kl * (1 + 1e-6):
             found.append(
-                f"kl={settings.kl!r} cannot be kept with what is given: the best plan is expected to be {plan.kl:.2g} nats from full "
-                "attention. Allow more gpu_memory or time, or leave more settings to the planner."
+                f"kl={settings.kl!r} cannot be kept with what is given: the best plan is expected to be {plan.kl:.2g} nats from "
+                "full attention. Allow more gpu_memory or time, or leave more settings to the planner."
             )
         return found

@@ -36,8 +36,13 @@ class Limits:
 class _State:
     """A choice for every layer and its totals; buffers that layers share count once."""
 
-    def __init__(self, options: Sequence[Sequence[Choice]], key: Callable[[LayerPlan], Hashable], shared: Callable[[LayerPlan], int],
-                 picked: Sequence[int]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        options: Sequence[Sequence[Choice]],
+        key: Callable[[LayerPlan], Hashable],
+        shared: Callable[[LayerPlan], int],
+        picked: Sequence[int],
+    ) -> None:
         self.options, self.key, self.shared = options, key, shared
         self.picked = list(picked)
         self.keys = Counter(key(options[i][p][0]) for i, p in enumerate(self.picked))
@@ -66,8 +71,11 @@ class _State:
 
 
 def search(
-    options: Sequence[Sequence[Choice]], limits: Limits, key: Callable[[LayerPlan], Hashable], shared: Callable[[LayerPlan], int]
-) -> list[Choice] | None:  # fmt: skip
+    options: Sequence[Sequence[Choice]],
+    limits: Limits,
+    key: Callable[[LayerPlan], Hashable],
+    shared: Callable[[LayerPlan], int],
+) -> list[Choice] | None:
     """Choose one option per layer.
 
     Parameters
@@ -99,9 +107,9 @@ def search(
         ]
     ]
     for first, _ in pruned[0]:
-        start = [next((i for i, (plan, _) in enumerate(layer) if plan == first), None) for layer in pruned]
+        same = [next((i for i, (plan, _) in enumerate(layer) if plan == first), None) for layer in pruned]
         # Where a layer has no such plan, its own best.
-        starts.append([starts[0][i] if p is None else p for i, p in enumerate(start)])
+        starts.append([starts[0][i] if p is None else p for i, p in enumerate(same)])
     best: tuple[tuple[float, ...], list[Choice]] | None = None
     for start in starts:
         state = _State(pruned, key, shared, start)
