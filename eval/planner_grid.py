@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from alaya_hf.planner import ModelShape, Planner
 from alaya_hf.planner.calibration import Calibration
 from alaya_hf.planner.candidates import candidates, windows
 from alaya_hf.planner.layer_plan import LayerPlan
+from alaya_hf.planner.measure_host import sample_layer
 from alaya_hf.planner.plan_model import DEFAULT_KL
+from alaya_hf.planner.profile import ALPHAS, RECOVERIES, HeadGroup, Profile, load_profile
 
 
 def host_seconds(plan: LayerPlan, shape: ModelShape, tokens: int) -> tuple[float, int]:
@@ -31,6 +34,42 @@ def device_seconds(plan: LayerPlan, shape: ModelShape, tokens: int) -> tuple[flo
     from alaya_hf.planner.memory import device_bytes
 
     return plan_seconds(plan, shape, tokens), device_bytes(plan, shape, tokens, 1)
+
+
+def sample_profile(shape: ModelShape, context: int, shipped: Profile) -> Profile:
+    """A profile of the very layer that is measured, so that times are judged and not the spread of its attention.
+
+    Parameters
+    ----------
+    shipped : Profile
+        Whose KL per recovery is used.
+    """
+    kv, q = sample_layer(shape, context)
+    window, scaling = AlayaConfig().window, shape.head_dim**-0.5
+    logits = (q @ kv[:, :, 0].float().transpose(1, 2)) * scaling
+    inside = slice(window.init, context - window.local)
+    lse = logits.logsumexp(-1, keepdim=True)
+    weights = (logits - lse).exp()
+    outside = weights[:, :, inside]
+    held = 1 - outside.sum(-1)
+    sums = held.unsqueeze(-1) + outside.sort(dim=-1, descending=True).values.double().cumsum(-1).float()
+    wanted = torch.tensor(RECOVERIES).expand(*held.shape, len(RECOVERIES)).contiguous()
+    needed = torch.where(wanted <= held.unsqueeze(-1), 0, torch.searchsorted(sums, wanted) + 1).float()
+    needed = needed.clamp(max=outside.shape[-1])
+    ranges = {}
+    unions = []
+    for alpha in ALPHAS:
+        cut = logits[:, :, inside] >= logits.amax(-1, keepdim=True) + math.log(alpha)
+        ranges[alpha] = cut.sum(-1).float(), held + torch.where(cut, outside, 0.0).sum(-1)
+        unions.append(float(cut.any(1).sum(-1).float().mean() / cut.sum(-1).float().mean().clamp(min=1e-9)))
+    groups = tuple(
+        HeadGroup(
+            float(held[h].mean()), tuple(needed[h].mean(0).tolist()),
+            {alpha: (float(tokens[h].mean()), float(share[h].mean())) for alpha, (tokens, share) in ranges.items()},
+        )
+        for h in range(shape.kv_heads)
+    )  # fmt: skip
+    return Profile("the layer measured", context, shape.group, max(1.0, unions[2]), (groups,), shipped.plans)
 
 
 def grid(
@@ -56,10 +95,12 @@ def grid(
     """
     cases, measured_rows = [], []
     base = AlayaConfig(planner="cost", engine=engine)
-    planner = Planner(base, shape, calibration)
+    shipped = load_profile()
     take = host_seconds if engine == "host" else device_seconds
     window, whole = windows(base)[0]
     for context in contexts:
+        profile = sample_profile(shape, context, shipped)
+        planner = Planner(base, shape, calibration, profile)
         found: dict[LayerPlan, tuple[float, int]] = {}
         for plan in candidates(base, 0, shape, engine, window, whole):
             found[plan] = take(plan, shape, context)
@@ -90,7 +131,7 @@ def grid(
                     settings = settings.replace(gpu_memory=budget)
                 if slo is not None:
                     settings = settings.replace(slo=slo)
-                chosen = Planner(settings, shape, calibration).plan(context)
+                chosen = Planner(settings, shape, calibration, profile).plan(context)
                 plan = chosen.layers[0][0]
                 took = found[plan][0] if plan in found else float("nan")
                 in_time = [p for p in good if slo is None or found[p][0] <= slo]

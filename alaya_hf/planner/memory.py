@@ -42,10 +42,10 @@ def window_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int, p
 def device_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int, passes: int = 64) -> int:
     """Bytes of a layer on its device: window, and with ``engine="device"`` the low-bit copy. Arguments as for `window_bytes`."""
     held = window_bytes(plan, shape, context, batch, passes)
-    if plan.engine != "device" or context <= plan.min_context:
+    if plan.engine != "device":
         return held
     layout = _layout(plan, shape)
-    tiles = max(0, context - plan.window.init - plan.window.local) // TILE
+    tiles = 0 if context <= plan.min_context else max(0, context - plan.window.init - plan.window.local) // TILE
     # DeviceTokens.reserve: 1/128 and 8 tiles more than needed, each time it grows.
     return held + batch * shape.kv_heads * (tiles + tiles // 128 + 9) * layout.record
 

@@ -35,11 +35,12 @@ def paper_plan(
 
     Notes
     -----
-    A short context is attended in full. A long one: with a large budget of GPU memory top-k on blocks; with a small one DIPR, on
-    a flat scan in layer 0, whose attention is spread over thousands of tokens, and on a graph in all others. Partial reuse adds the
-    filter, which the storage applies by itself: a session reads the stored context's first `reused` tokens. The paper gives no
-    thresholds: short is up to ``min_context``; large is a budget that holds the keys and values of the whole context. Without a
-    budget memory counts as small, the case that the system was made for. DIPR is the paper's, `beta` 50 at head dimension 128.
+    A short context is attended in full. A long one: with a large budget of GPU memory top-k on blocks; with a small one
+    DIPR, on a flat scan in layer 0, whose attention is spread over thousands of tokens, and on a graph in all others. Partial
+    reuse adds the filter, which the storage applies by itself: a session reads the stored context's first `reused` tokens. The
+    paper gives no thresholds: short is up to ``min_context``; large is a budget that holds the keys and values of the whole
+    context. Without a budget memory counts as small, the case that the system was made for. DIPR is the paper's, `beta` 50 at
+    head dimension 128.
     """
     own = settings.for_layer(layer)
     budget = settings.gpu_bytes
