@@ -244,7 +244,7 @@ class AlayaCache(Cache):
         if not self.settings.plans or self.keeper is not None or self.get_seq_length():
             return
         keeper = Keeper(Planner(self.settings, self._shape(keys)))
-        plan = keeper.start(context, keys.shape[0], reused)
+        plan = keeper.start(context, keys.shape[0], reused, self._forward.expected)
         self.keeper = keeper
         self.layers = [
             self._new_layer(i) if isinstance(layer, AlayaLayer) else layer for i, layer in enumerate(self.layers)

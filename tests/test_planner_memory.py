@@ -34,10 +34,11 @@ def device_plan_of(cap: int, value_bits: int, init: int, local: int, min_context
 @settings(max_examples=30)
 @given(
     cap=st.sampled_from([1, 32, 128, 512]), bits=st.sampled_from([0, 2, 4]), init=st.sampled_from([0, 16, 128]),
-    local=st.sampled_from([16, 512]), whole=st.sampled_from([0, 2048]), context=st.integers(1, 30_000), batch=st.integers(1, 3),
+    local=st.sampled_from([16, 512]), new=st.sampled_from([1, 5, 64]), whole=st.sampled_from([0, 2048]),
+    context=st.integers(1, 30_000), batch=st.integers(1, 3),
 )  # fmt: skip
 def test_bounds_of_the_device_engine(
-    cap: int, bits: int, init: int, local: int, whole: int, context: int, batch: int
+    cap: int, bits: int, init: int, local: int, new: int, whole: int, context: int, batch: int
 ) -> None:
     pytest.importorskip("triton")
     from alaya_hf.engine.device.tokens import DeviceTokens
@@ -51,10 +52,14 @@ def test_bounds_of_the_device_engine(
         tokens._resize_ring(ring)
     # As a context that came in one piece holds it, and as one that grew by single tokens does.
     tokens.reserve(1, max(0, low - 64))
-    tokens.reserve(1, low)
+    tokens.reserve(1, low, 1, context)
     assert tokens.window_bytes + tokens.lowbit_bytes <= device_bytes(plan, SHAPE, context, batch)
-    work = Workspace(batch, 2, 4, layout, tokens.room, init + ring, cap, device, torch.bfloat16)
-    assert work.nbytes <= workspace_bytes(plan, SHAPE, context, batch)
+    from alaya_hf.kernels.gpu.short_pass import positions_at_a_time
+
+    sizes = (batch, 2, 4, layout, tokens.room, init + ring, cap, device, torch.bfloat16, None)
+    share = positions_at_a_time(batch, 8, tokens.room, new)
+    held = sum(Workspace(*sizes, *several).nbytes for several in {(1, 1), (new, share)})
+    assert held <= workspace_bytes(plan, SHAPE, context, batch, new)
 
 
 def test_a_device_layer_changes_its_query_but_not_its_copy() -> None:

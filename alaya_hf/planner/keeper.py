@@ -47,8 +47,15 @@ class Keeper:
         self._tokens: list[float] | None = None
         self._said: set[str] = set()
 
-    def start(self, context: int, batch: int, reused: int = 0) -> ModelPlan:
+    def start(self, context: int, batch: int, reused: int = 0, expected: int = 0) -> ModelPlan:
         """Make the plan for a context that is about to come in.
+
+        Parameters
+        ----------
+        context, batch, reused
+            See :meth:`Planner.plan`.
+        expected : int
+            Tokens that the cache will hold at the end, as far as one knows; 0: not known.
 
         Raises
         ------
@@ -56,7 +63,8 @@ class Keeper:
             See :meth:`Planner.plan`.
         """
         self._reused = reused
-        self.plan = self.planner.plan(context, batch, reused=reused)
+        room = max(expected, self.planner.room_for(context))
+        self.plan = self.planner.plan(context, batch, reused=reused, room=room)
         self._say(self.plan)
         return self.plan
 
@@ -65,7 +73,11 @@ class Keeper:
         assert self.plan is not None
         number = self.planner.shape.number(place)
         own = self.planner.settings.for_layer(number).replace(**dict.fromkeys(TARGETS))
-        return own.replace(**self.plan.layers[place][0].settings(), cuda_graphs=self.plan.cuda_graphs)
+        return own.replace(
+            **self.plan.layers[place][0].settings(),
+            cuda_graphs=self.plan.cuda_graphs,
+            max_sparse_queries=self.plan.passes,
+        )
 
     def check(self, context: int, batch: int) -> None:
         """Refuse tokens or rows that the budget has no room for, before they come in.

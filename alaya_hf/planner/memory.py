@@ -11,6 +11,8 @@ from alaya_hf.planner.shape import ModelShape
 
 #: Partials per query head that fill a GPU, at most: programs in flight over all KV heads. Bounds the workspace.
 _PROGRAMS = 4096
+#: Bytes of scores that a pass of several tokens keeps at a time, see `alaya_hf.kernels.gpu.short_pass`.
+_SCORES = 1 << 29
 
 
 def window_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int, passes: int = 64) -> int:
@@ -45,30 +47,42 @@ def device_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int, p
     if plan.engine != "device":
         return held
     layout = _layout(plan, shape)
-    tiles = 0 if context <= plan.min_context else max(0, context - plan.window.init - plan.window.local) // TILE
-    # DeviceTokens.reserve: 1/128 and 8 tiles more than needed, each time it grows.
-    return held + batch * shape.kv_heads * (tiles + tiles // 128 + 9) * layout.record
+    return held + batch * shape.kv_heads * _low_tiles(plan, context) * layout.record
 
 
-def workspace_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int) -> int:
+def workspace_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int, passes: int = 1) -> int:
     """Bytes of the buffers that the layers of one device share in a step; 0 on the host engine.
+
+    Arguments as for :func:`window_bytes`.
 
     Notes
     -----
-    A bound on :class:`alaya_hf.kernels.gpu.step.Workspace`: scores of all tokens in float16, partials of every program in
-    flight, lists of ids.
+    A bound on :class:`alaya_hf.kernels.gpu.step.Workspace`, of steps and, where passes of more tokens retrieve, of those: scores
+    of all tokens in float16, partials of every program in flight, lists of ids.
     """
     if plan.engine != "device":
         return 0
-    rows = batch * shape.heads
-    tiles = max(0, context - plan.window.init - plan.window.local) // TILE
-    tokens = (tiles + tiles // 128 + 9) * TILE
+    tokens = _low_tiles(plan, context) * TILE
     cap = exact_cap(plan)
     slots = plan.window.init + plan.window.local + TILE + min(context, plan.min_context) * 2
     gathered = shape.group * -(-cap // 16)
-    partials = (slots // 16 + 1) + max(2, _PROGRAMS // (batch * shape.kv_heads)) + gathered
     lists = 16 * (cap + 1) + 8 * 16
-    return rows * (tokens * 2 + tokens // TILE * 2 + partials * (shape.head_dim + 2) * 4 + lists + shape.head_dim * 4)
+
+    def buffers(new: int) -> int:
+        # As many positions at a time as `positions_at_a_time` allows.
+        positions = max(1, min(new, _SCORES // max(1, 2 * batch * shape.heads * tokens)))
+        partials = (slots + new) // 16 + 2 + max(2, _PROGRAMS // (batch * shape.kv_heads)) + gathered
+        per_row = tokens * 2 + tokens // TILE * 2 + partials * (shape.head_dim + 2) * 4 + lists + shape.head_dim * 4
+        left = -(-new // TILE) * TILE * batch * shape.token_bytes if new > 1 else 0
+        return batch * shape.heads * positions * per_row + left + 8 * batch
+
+    return buffers(1) + (buffers(passes) if passes > 1 else 0)
+
+
+def _low_tiles(plan: LayerPlan, context: int) -> int:
+    """Tiles that the low-bit copy has room for: 1/128 and 8 more than needed, each time it grows (`DeviceTokens.reserve`)."""
+    tiles = 0 if context <= plan.min_context else max(0, context - plan.window.local) // TILE
+    return tiles + tiles // 128 + 9
 
 
 def host_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int) -> int:

@@ -29,6 +29,8 @@ class ModelPlan:
     layers : tuple of (LayerPlan, Estimate)
     base_seconds : float
         A decode step without attention.
+    passes : int
+        Tokens of the longest pass that retrieves, ``max_sparse_queries``.
     warnings : tuple of str
         What of the targets cannot be kept, and the best there is.
     sources : tuple of str
@@ -43,6 +45,7 @@ class ModelPlan:
     cuda_graphs: str
     layers: tuple[tuple[LayerPlan, Estimate], ...]
     base_seconds: float
+    passes: int = 1
     warnings: tuple[str, ...] = ()
     sources: tuple[str, ...] = ()
 
@@ -70,7 +73,7 @@ class ModelPlan:
     def workspace_bytes(self) -> int:
         """Of buffers that layers share."""
         keys = {shared_key(plan): plan for plan, _ in self.layers}
-        return sum(workspace_bytes(plan, self.shape, self.room, self.batch) for plan in keys.values())
+        return sum(workspace_bytes(plan, self.shape, self.room, self.batch, self.passes) for plan in keys.values())
 
     @property
     def device_bytes(self) -> int:
@@ -86,7 +89,9 @@ class ModelPlan:
         """Settings that do exactly this, without targets. ``layers`` names every layer that differs from the first one."""
         free = dict.fromkeys(TARGETS)
         first = self.layers[0][0]
-        base = self.settings.replace(**free, **first.settings(), cuda_graphs=self.cuda_graphs)
+        base = self.settings.replace(
+            **free, **first.settings(), cuda_graphs=self.cuda_graphs, max_sparse_queries=self.passes
+        )
         layers: dict[int | str, Any] = {key: dict(value) for key, value in self.settings.layers.items()}
         for place, (plan, _) in enumerate(self.layers):
             number = self.shape.number(place)

@@ -49,6 +49,12 @@ class Planner:
         """Tokens that memory is counted for: the context and what is likely to be generated."""
         return context + max(1024, context // 16)
 
+    def passes(self, engine: str) -> int:
+        """Tokens of the longest pass that retrieves: one where a budget would have to hold the buffers of more on the device."""
+        settings = self.settings
+        tight = engine == "device" and settings.gpu_memory is not None and "max_sparse_queries" not in settings.given
+        return 1 if tight else settings.max_sparse_queries
+
     # Estimates --------------------------------------------------------------------------------------------------------
 
     def estimate(
@@ -80,7 +86,7 @@ class Planner:
             recovery=min(share for _, share in groups),
             kl=0.0 if offloaded <= 0 else profile.kl(plan, mean) / shape.layers,
             seconds=layer_seconds(plan, shape, self.calibration, context, batch, fetched, correction),
-            device_bytes=device_bytes(plan, shape, room, batch, self.settings.max_sparse_queries),
+            device_bytes=device_bytes(plan, shape, room, batch, self.passes(plan.engine)),
             host_bytes=host_bytes(plan, shape, room, batch),
             moved_bytes=moved,
         )
@@ -99,13 +105,26 @@ class Planner:
         graphs = self.settings.cuda_graphs if graphs is None else graphs
         base = model_seconds(self.shape, self.calibration, "device" if driven else "host", graphs)
         base *= 1.0 if correction is None else correction.get("model", 1.0)
+        passes = min(self.passes(engine) for engine in {plan.engine for plan in plans})
         sources = (
             f"costs: {self.calibration.hardware}"
             + (" (shipped; measure yours with `alaya-hf calibrate`)" if self.calibration.reference else ""),
             f"quality: {self.profile.model}, {self.profile.context} tokens"
             + (" (shipped; measure yours with `python -m eval profile MODEL`)" if self.profile.shipped else ""),
         )
-        return ModelPlan(self.settings, self.shape, context, room, batch, graphs, layers, base, (), sources)
+        return ModelPlan(
+            self.settings,
+            self.shape,
+            context,
+            room,
+            batch,
+            graphs,
+            layers,
+            base,
+            passes,
+            (),
+            sources,
+        )
 
     # Policies ---------------------------------------------------------------------------------------------------------
 
@@ -234,10 +253,18 @@ class Planner:
                 settings.gpu_bytes, None if slo is None else slo - base, DEFAULT_KL if settings.kl is None else settings.kl,
                 settings.kl is not None,
             )  # fmt: skip
-            chosen = search(options, limits, shared_key, lambda plan: workspace_bytes(plan, self.shape, room, batch))
+            chosen = search(
+                options,
+                limits,
+                shared_key,
+                lambda plan: workspace_bytes(plan, self.shape, room, batch, self.passes(plan.engine)),
+            )
             if chosen is None:
                 least = [min(layer, key=lambda choice: choice[1].device_bytes) for layer in options]
-                shared = {shared_key(plan): workspace_bytes(plan, self.shape, room, batch) for plan, _ in least}
+                shared = {
+                    shared_key(plan): workspace_bytes(plan, self.shape, room, batch, self.passes(plan.engine))
+                    for plan, _ in least
+                }
                 return None, sum(e.device_bytes for _, e in least) + sum(shared.values())
             plans = [plan.because(self._reason(plan, estimate)) for plan, estimate in chosen]
             found = self.estimate_all(plans, context, batch, room, how, correction, tokens)
