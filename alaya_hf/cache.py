@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections import deque
 from copy import deepcopy
 from typing import Any
 
@@ -19,7 +22,11 @@ from alaya_hf.engine.device.shared import DeviceShared
 from alaya_hf.errors import ConfigError, PromptMismatchError, UnsupportedMaskError, UnsupportedModelError
 from alaya_hf.layer import AlayaLayer, ForwardState
 from alaya_hf.patches import decode_graphs, enable_once
-from alaya_hf.probes import Probe
+from alaya_hf.planner import ModelShape, Planner
+from alaya_hf.planner.explain import Explanation, explain_plan
+from alaya_hf.planner.keeper import REVIEW, Keeper
+from alaya_hf.planner.layer_plan import LayerPlan
+from alaya_hf.probes import Monitor, Probe
 from alaya_hf.progress import PrefillProgress
 
 
@@ -83,9 +90,13 @@ class AlayaCache(Cache):
         self._forward = ForwardState(progress=PrefillProgress() if progress else None)
         self._shared = DeviceShared()
         self.graphs: DecodeGraphs | None = None
-        if settings.cuda_graphs != "none" and "device" in settings.engines:
-            self.graphs = DecodeGraphs(settings.cuda_graphs)
-            decode_graphs.enable()
+        self._use_graphs(settings.cuda_graphs, settings.engines)
+        self._config: PreTrainedConfig | None = None
+        # With a target: what the planner chose, once the first tokens are known.
+        self.keeper: Keeper | None = None
+        self._steps = 0
+        self._last_step: float | None = None
+        self._between: deque[float] = deque(maxlen=32)
         self._bound = False
         self._token_ids: Tensor | None = None
         # Whether the next pass comes from the loop of `generate`, which appends ones to the mask it was checked with.
@@ -142,6 +153,8 @@ class AlayaCache(Cache):
                     f"{'' if getattr(layer, 'is_initialized', False) else ' without keys'}, and only a filled DynamicLayer, "
                     "which holds every token, can be taken over. Prefill an AlayaCache instead."
                 )
+            if idx == 0:
+                filled.plan_for(layer.keys.to(device or layer.keys.device), layer.keys.shape[2])
             if idx == len(filled.layers):
                 filled.layers.append(filled._new_layer(idx))
             where = device or layer.keys.device
@@ -170,22 +183,151 @@ class AlayaCache(Cache):
             probe_recovery=self._probe_recovery,
             progress=self._forward.progress is not None,
         )
-        copy._bound, copy._token_ids = self._bound, self._token_ids
+        copy._bound, copy._token_ids, copy._config = self._bound, self._token_ids, self._config
+        held = [layer for layer in self.alaya_layers if layer.is_initialized]
+        if settings.plans and held:
+            like = torch.empty(held[0].batch_size, 1, 1, 1, dtype=held[0].dtype, device=held[0].device)
+            copy.plan_for(like, max(map(max, (layer.token_counts() for layer in held))))
+        planned = {i: copy._new_layer(i).config for i, layer in enumerate(self.layers) if isinstance(layer, AlayaLayer)}
         copy._forward.first, copy._forward.layers = self._forward.first, self._forward.layers
         for idx, layer in enumerate(self.layers):
             if isinstance(layer, AlayaLayer):
-                if isinstance(layer, DeviceLayer) or settings.for_layer(idx).engine == "device":
+                if isinstance(layer, DeviceLayer) or planned[idx].engine == "device":
                     forked = copy._new_layer(idx)
                     if layer.is_initialized:
                         forked.fill(*layer.contents(), layer._valid)
                 else:
-                    forked = layer.with_config(settings.for_layer(idx))
+                    forked = layer.with_config(planned[idx])
                     forked.forward = copy._forward
+                    forked.monitor = None if copy.keeper is None else Monitor()
                     forked.probe = copy._new_probe()
                 copy.layers.append(forked)
             else:
                 copy.layers.append(deepcopy(layer))
         return copy
+
+    # Plans ------------------------------------------------------------------------------------------------------------
+
+    def _use_graphs(self, how: str, engines: set[str]) -> None:
+        if how != "none" and "device" in engines:
+            self.graphs = DecodeGraphs(how)
+            decode_graphs.enable()
+
+    def _shape(self, keys: Tensor) -> ModelShape:
+        """Of the model, whose keys ``[batch, kv_heads, m, head_dim]`` are."""
+        if self._config is None:
+            raise ConfigError(
+                "the planner needs the model's configuration, but the cache has not seen one. Use "
+                "AlayaCache.for_model(model, settings), or AlayaCache(settings, config=model.config)."
+            )
+        return ModelShape.from_config(self._config, keys.dtype, keys.device.type)
+
+    def plan_for(self, keys: Tensor, context: int, reused: int = 0) -> None:
+        """Plan, if a target asks for it and no layer holds anything yet; called before the first tokens come in.
+
+        Parameters
+        ----------
+        keys : Tensor
+            ``[batch, kv_heads, m, head_dim]``: their dtype, device and batch size count.
+        context : int
+            Tokens that are known to come.
+        reused : int
+            Of them, those of a stored context.
+
+        Raises
+        ------
+        BudgetError
+            If no plan fits into ``gpu_memory``.
+        ConfigError
+            If the model is not known, or nothing goes with the settings given.
+        """
+        if not self.settings.plans or self.keeper is not None or self.get_seq_length():
+            return
+        keeper = Keeper(Planner(self.settings, self._shape(keys)))
+        plan = keeper.start(context, keys.shape[0], reused, self._forward.expected)
+        self.keeper = keeper
+        self.layers = [
+            self._new_layer(i) if isinstance(layer, AlayaLayer) else layer for i, layer in enumerate(self.layers)
+        ]
+        self._use_graphs(plan.cuda_graphs, {layer.engine for layer, _ in plan.layers})
+
+    def _review(self, new: int) -> None:
+        """Count a decode step; every :data:`REVIEW` steps let the planner compare estimates with measurements."""
+        keeper = self.keeper
+        assert keeper is not None
+        now, before = time.perf_counter(), self._last_step
+        self._last_step = now if new == 1 else None
+        if new != 1:
+            return
+        if before is not None:
+            self._between.append(now - before)
+        self._steps += 1
+        if self._steps % REVIEW:
+            return
+        layers = self.alaya_layers
+        between = statistics.median(self._between) if self._between else None
+        moved = keeper.review([layer.monitor for layer in layers], self.get_seq_length(), layers[0].batch_size, between)
+        for place in moved:
+            layer, config = layers[place], keeper.config_for(place)
+            if isinstance(layer, DeviceLayer):
+                layer.change_query(config)
+                if self.graphs is not None:
+                    self.graphs.drop()
+            else:
+                layer.config = config
+            if layer.monitor is not None:
+                layer.monitor.clear()
+
+    def explain(self, analyze: bool = False) -> Explanation:
+        """What every layer does with its offloaded tokens, why, and what that is estimated to take.
+
+        Parameters
+        ----------
+        analyze : bool
+            Also what it took: needs ``probe=True`` (recovery: ``probe_recovery=True``), or a target, for the last steps.
+
+        Returns
+        -------
+        Explanation
+            ``str()`` of it is a table, ``.json()`` plain data. Totals are those of :meth:`stats`.
+
+        Raises
+        ------
+        ConfigError
+            If the cache has not seen a model's configuration, or holds no tokens yet.
+        """
+        layers = self.alaya_layers
+        held = [layer for layer in layers if layer.is_initialized]
+        if not held:
+            raise ConfigError(
+                "explain() tells of tokens that a cache holds, but this one holds none yet. Run the model first, or use "
+                "`alaya-hf explain` for a context to come."
+            )
+        context, batch = max(map(max, (layer.token_counts() for layer in held))), held[0].batch_size
+        if self.keeper is not None:
+            assert self.keeper.plan is not None
+            plan = self.keeper.plan
+        else:
+            shape = self._shape(torch.empty(batch, 1, 1, 1, dtype=held[0].dtype, device=held[0].device))
+            plan = Planner(self.settings, shape).estimate_all(
+                [LayerPlan.of(layer.config) for layer in layers], context, batch
+            )
+        actual = None
+        if analyze:
+            actual = (
+                self.stats(),
+                [
+                    {
+                        "device_bytes": layer.window_bytes
+                        + (layer.lowbit_bytes if isinstance(layer, DeviceLayer) else 0),
+                        "host_bytes": layer.offloaded_bytes
+                        + (0 if isinstance(layer, DeviceLayer) else layer.lowbit_bytes + layer.index_bytes),
+                        **_measured(layer),
+                    }
+                    for layer in layers
+                ],
+            )
+        return explain_plan(plan, actual)
 
     # Layers -----------------------------------------------------------------------------------------------------------
 
@@ -193,10 +335,19 @@ class AlayaCache(Cache):
         return Probe(recovery=self._probe_recovery) if self._probe else None
 
     def _new_layer(self, layer_idx: int) -> AlayaLayer:
-        config = self.settings.for_layer(layer_idx)
+        if self.keeper is None:
+            config = self.settings.for_layer(layer_idx)
+        else:
+            shape = self.keeper.planner.shape
+            config = self.keeper.config_for(shape.numbers.index(layer_idx) if shape.numbers else layer_idx)
+        layer: AlayaLayer
         if config.engine == "device":
-            return DeviceLayer(config, layer_idx, self._forward, self._new_probe(), self._shared)
-        return AlayaLayer(config, layer_idx, self._forward, self._new_probe())
+            layer = DeviceLayer(config, layer_idx, self._forward, self._new_probe(), self._shared)
+        else:
+            layer = AlayaLayer(config, layer_idx, self._forward, self._new_probe())
+            if self.keeper is not None:
+                layer.monitor = Monitor()
+        return layer
 
     def bind(self, config: PreTrainedConfig | None) -> None:
         """Take the layer types from a model's configuration, once; called by the mask functions.
@@ -236,7 +387,7 @@ class AlayaCache(Cache):
                     "of it with full attention. Use AlayaCache.for_model(model)."
                 )
         self.layers = layers
-        self._bound = True
+        self._bound, self._config = True, config
         offloading = [layer.layer_idx for layer in self.alaya_layers]
         if offloading:
             self._forward.first, self._forward.layers = offloading[0], len(offloading)
@@ -245,6 +396,14 @@ class AlayaCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`AlayaLayer.update`; other layer types do what they do in Transformers."""
+        if self.settings.plans and layer_idx == self._forward.first:
+            held, new = self.get_seq_length(), key_states.shape[2]
+            if self.keeper is None:
+                known = 0 if self._token_ids is None else self._token_ids.shape[1]
+                self.plan_for(key_states, max(held + new, known))
+            else:
+                self.keeper.check(held + new, key_states.shape[0])
+                self._review(new)
         while len(self.layers) <= layer_idx:
             self.layers.append(self._new_layer(len(self.layers)))
         if layer_idx == 0 or not isinstance(self.layers[layer_idx - 1], AlayaLayer):
@@ -420,6 +579,7 @@ class AlayaCache(Cache):
             self._forward.progress.close()
         if self.graphs is not None:
             self.graphs.drop()
+        self.keeper, self._last_step = None, None  # another context, another plan
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the given rows."""
@@ -429,6 +589,8 @@ class AlayaCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times."""
+        if self.keeper is not None and self.get_seq_length():
+            self.keeper.check(self.get_seq_length(), repeats * self.alaya_layers[0].batch_size)
         super().batch_repeat_interleave(repeats)
         if self._token_ids is not None:
             self._token_ids = self._token_ids.repeat_interleave(repeats, dim=0)
@@ -460,7 +622,8 @@ class AlayaCache(Cache):
             steps fetched, per KV head), ``hot_hits`` (those found on the device) and ``hot_hit_rate`` (None before the first
             lookup); reading them waits for the devices. With
             ``probe=True`` also means over decode steps and layers: ``attended``, ``retrieved``, ``recovery`` (with
-            ``probe_recovery``), ``skipped_tiles`` (share of the off-diagonal tiles that a sparse prefill skipped),
+            ``probe_recovery``), ``error`` (estimated error of a layer's output relative to its norm, host engine),
+            ``skipped_tiles`` (share of the off-diagonal tiles that a sparse prefill skipped),
             ``seconds_per_step`` (attention of all layers), ``steps``, ``bytes_moved``, and per layer
             ``layers[i]`` the same with ``records`` of every step (:class:`alaya_hf.probes.StepRecord`).
         """
@@ -502,7 +665,7 @@ class AlayaCache(Cache):
             summaries[layer.layer_idx] = {**layer.probe.summary(), "records": layer.probe.records()}
         stats["layers"] = summaries
         stats["steps"] = max((int(summary["steps"]) for summary in summaries.values()), default=0)
-        for name in ("attended", "retrieved", "fetched", "recovery", "skipped_tiles"):
+        for name in ("attended", "retrieved", "fetched", "recovery", "skipped_tiles", "error"):
             values = [summary[name] for summary in summaries.values() if summary[name] is not None]
             stats[name] = sum(values) / len(values) if values else None
         times = [summary["seconds"] for summary in summaries.values() if summary["seconds"] is not None]
@@ -524,3 +687,27 @@ class AlayaCache(Cache):
             for layer in self.alaya_layers
         ]
         return torch.stack(rows) if rows else torch.zeros(0, bins, dtype=torch.int64)
+
+
+def _measured(layer: AlayaLayer) -> dict[str, Any]:
+    """Means over a layer's decode steps: all of them with a probe, the last ones where a planner watches."""
+    if layer.probe is not None:
+        found = layer.probe.summary()
+        names = {
+            "tokens": "retrieved",
+            "fetched": "fetched",
+            "recovery": "recovery",
+            "seconds": "seconds",
+            "error": "error",
+        }
+        return {**{name: found[of] for name, of in names.items()}, "moved_bytes": found["bytes_moved"]}
+    monitor = layer.monitor
+    if monitor is None or not monitor.seconds:
+        return {}
+    kept = {
+        "tokens": monitor.retrieved,
+        "fetched": monitor.fetched,
+        "seconds": monitor.seconds,
+        "error": monitor.errors,
+    }
+    return {name: sum(values) / len(values) for name, values in kept.items() if values}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -11,8 +11,9 @@ from typing import Any
 
 import yaml
 
-from alaya_hf.errors import ConfigError
+from alaya_hf.errors import ConfigError, ConflictError
 from alaya_hf.registry import INDEXES, PREFILLS, QUERIES, RESIDUALS, Registry
+from alaya_hf.units import number_of_bytes, seconds_per_token
 
 GROUP_MODES = ("union", "per_head")
 ENGINES = ("host", "device")
@@ -24,6 +25,10 @@ COMPONENTS: dict[str, Registry[Any]] = {
     "residual": RESIDUALS,
     "prefill": PREFILLS,
 }
+PLANNERS = ("cost", "paper")
+ON_DOUBT = ("ignore", "warn", "widen")
+#: Settings that say what is needed; each of them alone sets the planner to work.
+TARGETS = ("slo", "gpu_memory", "recovery", "kl", "planner")
 STORE_DTYPES = ("auto", "float32", "float16", "bfloat16", *STORE_DTYPES_8BIT)
 
 
@@ -127,6 +132,26 @@ class AlayaConfig:
     sample_queries : float, optional
         Query vectors to keep during prefill for building the index, as a share of the number of keys. None: what the
         index asks for. They are dropped once the index is built.
+    slo : str or float, optional
+        Time per token that the model should keep: ``"50ms/token"``, ``"20 tokens/s"`` or seconds. With this or one of the next
+        four the planner picks, per layer, whatever of query, index, residual, window, ``min_context``, store_dtype and engine is
+        *not given*; what is given stays. A time that no plan reaches is warned about once.
+    gpu_memory : str or int, optional
+        Most device memory of the cache: ``"2GiB"`` or bytes. What ``stats()`` calls ``device_bytes``; never exceeded. Working memory of
+        prefill and ``hot_bytes`` come on top. With ``engine="device"``, passes of several tokens then attend exactly instead of
+        retrieving, unless ``max_sparse_queries`` is given.
+    recovery : float, optional
+        Share of the attention mass to be attended exactly, in every layer and group of query heads, in (0, 1].
+    kl : float, optional
+        KL divergence from full attention's next token to stay below, nats per token.
+    planner : {"cost", "paper"}, optional
+        ``"cost"`` (default once a target is given): measured costs and qualities. ``"paper"``: the rules of AlayaDB's query
+        optimizer (arXiv 2504.10326, figure 8), which know context, reuse and ``gpu_memory`` only.
+    on_doubt : {"ignore", "warn", "widen"}
+        What becomes of a decode step of a layer whose estimated relative error exceeds ``doubt``: ``"warn"`` says so once,
+        ``"widen"`` attends again with a wider cut (``engine="host"`` only).
+    doubt : float
+        Estimated error of a layer's output, relative to its norm, mean over heads, from which a step is doubtful.
     layers : mapping of int to mapping
         Overrides for single layers, for example ``{0: {"index": "flat"}}``. The key ``"default"`` sets every other
         layer.
@@ -152,7 +177,21 @@ class AlayaConfig:
     cuda_graphs: str = "capture"
     hot_bytes: int = 0
     sample_queries: float | None = None
+    slo: str | float | None = None
+    gpu_memory: str | int | None = None
+    recovery: float | None = None
+    kl: float | None = None
+    planner: str | None = None
+    on_doubt: str = "ignore"
+    doubt: float = 0.1
     layers: Mapping[int | str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> AlayaConfig:
+        """Remember what is given: the planner leaves it alone, also where it equals the default."""
+        config = super().__new__(cls)
+        names = [field.name for field in dataclasses.fields(cls)][: len(args)]
+        object.__setattr__(config, "_given", frozenset(names) | frozenset(kwargs))
+        return config
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -183,10 +222,65 @@ class AlayaConfig:
         for layer in self.dense_layers:
             _check_int("dense_layers", layer, 0)
         set_(self, "dense_layers", tuple(self.dense_layers))
+        self._check_targets()
         self._check_layers()
         self.index.check(self.query)
         self.residual.check(self.index)
         self.prefill.check(self.engine)
+
+    def _check_targets(self) -> None:
+        if self.slo is not None:
+            seconds_per_token("slo", self.slo)
+        if self.gpu_memory is not None:
+            number_of_bytes("gpu_memory", self.gpu_memory)
+        for name, most in (("recovery", 1.0), ("kl", float("inf")), ("doubt", float("inf"))):
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if value is not None and not (number and 0 < value <= most):
+                raise ConfigError(
+                    f"{name} must be a positive number{f' of at most {most:g}' if most == 1 else ''}, but got {value!r}."
+                )
+        if self.planner is not None and self.planner not in PLANNERS:
+            raise ConfigError(f"planner must be one of {', '.join(PLANNERS)}, or none, but got {self.planner!r}.")
+        if self.on_doubt not in ON_DOUBT:
+            raise ConfigError(f"on_doubt must be one of {', '.join(ON_DOUBT)}, but got {self.on_doubt!r}.")
+        wanted = [f"{name}={getattr(self, name)!r}" for name in ("recovery", "kl") if getattr(self, name) is not None]
+        if self.planner == "paper" and wanted:
+            raise ConflictError(
+                f"planner='paper' follows fixed rules that promise no quality, but got {' and '.join(wanted)}. Use "
+                "planner='cost', or leave the quality target out."
+            )
+        given: frozenset[str] = self.given
+        if self.recovery is not None and "query" in given and self.query.keeps_none:
+            raise ConflictError(
+                f"recovery={self.recovery!r} asks for exact tokens, but the query given, {self.query!r}, retrieves none. Leave "
+                "query or recovery out."
+            )
+        if self.on_doubt != "ignore" and "engine" in given and self.engine == "device":
+            raise ConflictError(
+                f"on_doubt={self.on_doubt!r} looks at every step on the host, but got engine='device', whose steps never wait "
+                "for it. Use engine='host', or on_doubt='ignore' and read stats()['error'] of a cache with probe=True."
+            )
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Names of the settings that were given, also those that equal the default: the planner leaves them alone."""
+        return self._given  # type: ignore[attr-defined,no-any-return]
+
+    @property
+    def plans(self) -> bool:
+        """Whether the planner is to choose what is not given."""
+        return any(getattr(self, name) is not None for name in TARGETS)
+
+    @property
+    def slo_seconds(self) -> float | None:
+        """Seconds per token to keep."""
+        return None if self.slo is None else seconds_per_token("slo", self.slo)
+
+    @property
+    def gpu_bytes(self) -> int | None:
+        """Most bytes of device memory."""
+        return None if self.gpu_memory is None else number_of_bytes("gpu_memory", self.gpu_memory)
 
     def _check_layers(self) -> None:
         if not isinstance(self.layers, Mapping):
@@ -197,6 +291,12 @@ class AlayaConfig:
                 _check_int("a key of layers", key, 0)
             if "layers" in overrides:
                 raise ConfigError(f"layers.{key} cannot itself contain 'layers'.")
+            targets = [name for name in TARGETS if name in overrides]
+            if targets:
+                raise ConfigError(
+                    f"layers.{key} sets {', '.join(targets)}, but targets are those of the whole model. Set them beside "
+                    "'layers'; for a layer, set what it shall do."
+                )
             # Building the layer's configuration validates it now rather than in the middle of a generation.
             self._merged(overrides)
 
@@ -230,7 +330,11 @@ class AlayaConfig:
     def replace(self, **changes: Any) -> AlayaConfig:
         """A copy with some fields changed."""
         self._check_fields(changes)
-        return dataclasses.replace(self, **changes)
+        return dataclasses.replace(self, **changes)._as_given(self.given | set(changes))
+
+    def _as_given(self, names: Iterable[str]) -> AlayaConfig:
+        object.__setattr__(self, "_given", frozenset(names))
+        return self
 
     def override(self, changes: Mapping[str, Any]) -> AlayaConfig:
         """A copy with dotted fields changed.
@@ -262,7 +366,7 @@ class AlayaConfig:
             if value is not None and other is not None and ".".join([*map(str, parents), other]) not in changes:
                 # Two names for one parameter: the one given takes the place of the other.
                 node.pop(other, None)
-        return type(self).from_dict(data)
+        return type(self).from_dict(data)._as_given(self.given | {path.split(".")[0] for path in changes})
 
     @classmethod
     def _check_fields(cls, data: Mapping[Any, Any]) -> None:
@@ -287,13 +391,15 @@ class AlayaConfig:
         Parameters
         ----------
         full : bool
-            Every field, also those that have their default value.
+            Every field, also those that have their default value. Otherwise those that differ from it and, with a target, those
+            that were given.
         """
         default = None if full else type(self)()
         data: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if default is not None and value == getattr(default, field.name):
+            stays = self.plans and field.name in self.given and field.name not in ("layers", *TARGETS)
+            if default is not None and value == getattr(default, field.name) and not stays:
                 continue
             if field.name in COMPONENTS:
                 value = COMPONENTS[field.name].spec(value)

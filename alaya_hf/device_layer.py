@@ -80,6 +80,22 @@ class DeviceLayer(AlayaLayer):
         super()._clear()
         self.tokens: DeviceTokens | None = None
 
+    def change_query(self, config: AlayaConfig) -> None:
+        """Ask the same low-bit copy another question from the next step on; a captured step has to be dropped.
+
+        Raises
+        ------
+        ConfigError
+            If the kernels do not serve it, or the copy would have to be another one.
+        """
+        plan = device_plan(config, self.layer_idx)
+        if (plan.key_bits, plan.value_bits) != (self.plan.key_bits, self.plan.value_bits):
+            raise ConfigError(
+                f"layer {self.layer_idx} holds {self.plan.key_bits}-bit keys and {self.plan.value_bits}-bit values, but a plan "
+                f"with {plan.key_bits} and {plan.value_bits} was given. Use with_config(), which copies the context."
+            )
+        self.config, self.plan = config, plan
+
     def _check_probe(self) -> None:
         probe = self.probe
         if probe is not None and probe.observer is not None:

@@ -13,6 +13,18 @@ class ConfigError(AlayaError):
     """An unknown preset, an unknown configuration key or a parameter out of range."""
 
 
+class ConflictError(ConfigError):
+    """Settings that contradict each other."""
+
+
+class BudgetError(ConfigError):
+    """The memory that the planner may use holds no plan, or no longer holds the one that runs."""
+
+
+class CalibrationError(ConfigError):
+    """A file of measured costs or of a model's profile is not what the planner reads."""
+
+
 class UnsupportedModelError(AlayaError):
     """The model has no rotary multi-head or grouped-query attention that this cache can serve."""
 

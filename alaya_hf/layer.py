@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,7 +16,9 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from alaya_hf.config import STORE_DTYPES_8BIT, AlayaConfig
+from alaya_hf.engine.error import relative
 from alaya_hf.engine.masks import padding_of
+from alaya_hf.engine.plan import Plan
 from alaya_hf.engine.prefill import Exact, PrefillPass
 from alaya_hf.engine.prefill.base import Chunk
 from alaya_hf.engine.record import decode_record
@@ -24,8 +28,9 @@ from alaya_hf.errors import AlayaError, BatchSizeError, IgnoredCacheError, Unsup
 from alaya_hf.handle import KVHandle
 from alaya_hf.kernels.attention import window_attention
 from alaya_hf.kernels.partial import Partial, merge
-from alaya_hf.planner import choose
-from alaya_hf.probes import Probe, StepRecord
+from alaya_hf.planner.choose import choose
+from alaya_hf.planner.layer_plan import wider
+from alaya_hf.probes import Monitor, Probe, StepRecord
 from alaya_hf.progress import PrefillProgress
 from alaya_hf.storage import HostStore, Piece, Window
 from alaya_hf.storage.memory import check_room
@@ -58,6 +63,8 @@ class ForwardState:
         Columns that the caller said the cache will hold; 0: not known.
     progress : PrefillProgress or None
         Told what each layer has attended to.
+    warned : bool
+        Whether a doubtful step was warned about.
     """
 
     valid: Tensor | None = None
@@ -66,6 +73,7 @@ class ForwardState:
     layers: int = 1
     expected: int = 0
     progress: PrefillProgress | None = None
+    warned: bool = False
 
 
 @dataclass
@@ -108,6 +116,7 @@ class AlayaLayer(CacheLayerMixin):
         self.layer_idx = layer_idx
         self.forward = forward if forward is not None else ForwardState()
         self.probe = probe
+        self.monitor: Monitor | None = None
         self._clear()
 
     def __repr__(self) -> str:
@@ -499,7 +508,7 @@ class AlayaLayer(CacheLayerMixin):
                 f"layer {self.layer_idx}: the keys of this forward pass were already attended to. Models whose layers share "
                 "keys and values are not supported; use a DynamicCache."
             )
-        began = time.perf_counter() if self.probe is not None else 0.0
+        began = time.perf_counter() if self.probe is not None or self.monitor is not None else 0.0
         keys, values = pending.keys, pending.values
         if query.shape[0] != keys.shape[0] or query.shape[1] % keys.shape[1]:
             raise UnsupportedModelError(
@@ -522,6 +531,8 @@ class AlayaLayer(CacheLayerMixin):
         if self.probe is not None and record is not None:
             record.seconds = time.perf_counter() - began
             self.probe.steps.append(record)
+        if self.monitor is not None and sparse and tokens == 1:
+            self.monitor.seconds.append(time.perf_counter() - began)
         return out.to(query.dtype).transpose(1, 2).contiguous()
 
     def _check_room(self, keys: Tensor, keep: int) -> None:
@@ -605,24 +616,26 @@ class AlayaLayer(CacheLayerMixin):
         if self.probe is not None and self.probe.observer is not None:
             self.probe.observer(self, query, best, window.lse)
         parts = [window]
-        residual, stats = None, RetrievalStats()
+        residual, stats, doubt, widened = None, RetrievalStats(), None, False
         if any(self.store.lengths):
-            retrieved, residual, stats = retrieve(
-                query,
-                self.store,
-                choose(self.config, self.layer_idx, softcap),
-                best,
-                window.lse,
-                scaling,
-                self.config.group_mode,
-                softcap,
-                self.probe is not None,
-                self.probe is not None and self.probe.recovery,
-            )
+            plan = choose(self.config, self.layer_idx, softcap)
+            retrieved, residual, stats = self._retrieve(query, plan, best, window.lse, scaling, softcap)
+            doubt = self._doubt(stats, [window, retrieved, residual])
+            if doubt is not None and doubt > self.config.doubt and self.config.on_doubt != "ignore":
+                if self.config.on_doubt == "warn":
+                    self._warn(doubt)
+                elif wider(plan.query) != plan.query:
+                    # Once: what is still doubtful then is left as it is, so that a step's time stays bounded.
+                    plan = dataclasses.replace(plan, query=wider(plan.query))
+                    retrieved, residual, stats = self._retrieve(query, plan, best, window.lse, scaling, softcap)
+                    doubt, widened = self._doubt(stats, [window, retrieved, residual]), True
             parts.append(retrieved)
+        if self.monitor is not None:
+            self._note(stats, doubt, widened)
         record = None
         if self.probe is not None:
             record = decode_record(self.probe, tokens, self.token_counts(), self.window, parts, stats, query.shape[1])
+            record.error, record.widened = doubt, widened
         if residual is not None:
             parts.append(residual)
         # Late materialisation: tokens leave the window in batches, after the step that filled it.
@@ -630,3 +643,51 @@ class AlayaLayer(CacheLayerMixin):
         if record is not None:
             record.bytes_moved = moved + stats.bytes_read
         return parts, record
+
+    def _retrieve(
+        self, query: Tensor, plan: Plan, best: Tensor, lse: Tensor, scaling: float, softcap: float | None
+    ) -> tuple[Partial, Partial | None, RetrievalStats]:
+        assert self.store is not None
+        probe, monitor = self.probe, self.monitor
+        return retrieve(
+            query,
+            self.store,
+            plan,
+            best,
+            lse,
+            scaling,
+            self.config.group_mode,
+            softcap,
+            probe is not None or monitor is not None,
+            probe is not None and probe.recovery,
+            self.config.on_doubt != "ignore" or probe is not None or (monitor is not None and monitor.want_error),
+        )
+
+    def _doubt(self, stats: RetrievalStats, parts: list[Partial | None]) -> float | None:
+        """Estimated error of the step relative to its output, mean over rows and heads; None where it is not known."""
+        if stats.error is None:
+            return None
+        share = relative(stats.error, merge([part for part in parts if part is not None]).out)
+        known = share[~share.isnan()]
+        return float(known.mean()) if known.numel() else None
+
+    def _warn(self, doubt: float) -> None:
+        if not self.forward.warned:
+            self.forward.warned = True
+            warnings.warn(
+                f"layer {self.layer_idx}: the estimated error of a decode step is {doubt:.2g} of its output, more than "
+                f"doubt={self.config.doubt:g}. Use on_doubt='widen', a wider query, or a larger doubt. Said once.",
+                stacklevel=2,
+            )
+
+    def _note(self, stats: RetrievalStats, doubt: float | None, widened: bool) -> None:
+        monitor = self.monitor
+        assert monitor is not None
+        monitor.steps += 1
+        monitor.widened += widened
+        monitor.doubtful += doubt is not None and doubt > self.config.doubt
+        if stats.retrieved is not None and stats.fetched is not None:
+            monitor.retrieved.append(float(stats.retrieved.mean()))
+            monitor.fetched.append(float(stats.fetched.mean()))
+        if doubt is not None:
+            monitor.errors.append(doubt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +46,11 @@ class StepRecord:
         Wall time of the attention of this layer, host side.
     tiles, skipped_tiles : int
         Of a prefill that skips tiles: those off the diagonal, over heads and rows, and how many of them were skipped.
+    error : float or None
+        Estimated error of the output relative to its norm, mean over rows and heads, see :mod:`alaya_hf.engine.error`; None
+        where nothing is known.
+    widened : bool
+        Whether the step was doubtful and attended again with a wider cut.
     """
 
     kind: str
@@ -62,6 +68,44 @@ class StepRecord:
     seconds: float
     tiles: int = 0
     skipped_tiles: int = 0
+    error: float | None = None
+    widened: bool = False
+
+
+@dataclass
+class Monitor:
+    """What the last decode steps of one layer took: what a planner corrects its estimates by.
+
+    Parameters
+    ----------
+    want_error : bool
+        Also estimate the error of every step.
+    length : int
+        Steps kept.
+
+    Attributes
+    ----------
+    seconds, retrieved, fetched, errors : deque of float
+        Of the last steps of one token, see :class:`StepRecord`.
+    steps, doubtful, widened : int
+        All that were seen; those whose estimated error was too large; those attended again.
+    """
+
+    want_error: bool = False
+    length: int = 32
+    steps: int = 0
+    doubtful: int = 0
+    widened: int = 0
+
+    def __post_init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget the steps kept: the plan has changed."""
+        self.seconds: deque[float] = deque(maxlen=self.length)
+        self.retrieved: deque[float] = deque(maxlen=self.length)
+        self.fetched: deque[float] = deque(maxlen=self.length)
+        self.errors: deque[float] = deque(maxlen=self.length)
 
 
 @dataclass
@@ -108,6 +152,7 @@ class Probe:
             "watched",
             "watched_coverage",
             "seconds",
+            "error",
         ):
             values = [getattr(step, name) for step in decode if getattr(step, name) is not None]
             summary[name] = sum(values) / len(values) if values else None

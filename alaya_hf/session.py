@@ -181,6 +181,9 @@ class Session(AlayaCache):
         -----
         Reads each layer's window. With ``engine="device"`` a layer reads all of its context.
         """
+        if layers:
+            tokens = layers[0].tokens
+            self.plan_for(torch.empty(1, 1, 1, 1, dtype=dtype, device=where[0]), tokens, tokens)
         for number, (stored, device) in enumerate(zip(layers, where, strict=True)):
             if number == len(self.layers):
                 self.layers.append(self._new_layer(number))

@@ -9,6 +9,8 @@ from eval.calibrate_bsfa import calibrate_bsfa
 from eval.faults import faults
 from eval.fidelity_command import fidelity
 from eval.legal_command import legal
+from eval.planner_command import planner
+from eval.profile import profile
 from eval.recall import recall
 from eval.reporting.command import report
 from eval.sparse_prefill import sparse_prefill
@@ -19,6 +21,8 @@ app.command()(legal)
 app.command()(ablate)
 app.command()(report)
 app.command()(recall)
+app.command()(profile)
+app.command()(planner)
 app.command()(faults)
 app.command()(fidelity)
 app.command()(calibrate_bsfa)

@@ -138,3 +138,89 @@ def run_doctor(
         typer.echo(f"Error: {failure}", err=True)
     if found:
         raise typer.Exit(code=1)
+
+
+_MODEL = Annotated[str | None, typer.Option(help="A model's name or folder; only its configuration is read.")]
+_NUMBER = Annotated[int | None, typer.Option(min=1, help="Instead of --model, or in place of its number.")]
+_DTYPE = Annotated[str | None, typer.Option(help="Of keys and values: float32, float16, bfloat16.")]
+_DEVICE = Annotated[str, typer.Option(help="Where the model is to run: auto, cuda, cpu.")]
+
+
+@app.command("calibrate")
+def run_calibrate(
+    model: _MODEL = None,
+    layers: _NUMBER = None,
+    heads: _NUMBER = None,
+    kv_heads: _NUMBER = None,
+    head_dim: _NUMBER = None,
+    dtype: _DTYPE = None,
+    device: _DEVICE = "auto",
+    output: Annotated[Path | None, typer.Option(help="File. [default: where the planner looks for it]")] = None,
+    quick: Annotated[bool, typer.Option(help="Short contexts and few repetitions: for a look, not for plans.")] = False,
+) -> None:
+    """Measure what the stages of a decode step cost on this machine, for the planner. Takes seconds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from alaya_hf.cli.calibrate import run
+    from alaya_hf.cli.explain import shape_of
+
+    numbers = {"layers": layers or (None if model else 1), "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
+    try:
+        made, path = run(shape_of(model, numbers, dtype, device), output, quick)
+    except AlayaError as error:
+        _fail(error)
+    table = Table()
+    for column in ("whole step", "tokens", "predicted ms", "measured ms", "error %"):
+        table.add_column(column, justify="left" if column == "whole step" else "right")
+    for row in made.report:
+        predicted, measured = row["predicted"], row["measured"]
+        off = 100 * abs(predicted - measured) / measured
+        table.add_row(row["plan"], str(row["context"]), f"{1e3 * predicted:.3g}", f"{1e3 * measured:.3g}", f"{off:.0f}")
+    Console().print(table)
+    typer.echo(f"median error {100 * (made.median_error or 0):.0f} %; {path}")
+
+
+@app.command("explain")
+def run_explain(
+    model: _MODEL = None,
+    context: Annotated[int, typer.Option(min=1, help="Tokens.")] = 131072,
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 1,
+    slo: Annotated[str | None, typer.Option(help="Time per token: '50ms/token', '20 tokens/s'.")] = None,
+    gpu_memory: Annotated[str | None, typer.Option(help="Device memory of the cache: '2GiB'.")] = None,
+    recovery: Annotated[float | None, typer.Option(help="Share of the attention mass to attend exactly.")] = None,
+    kl: Annotated[float | None, typer.Option(help="KL from full attention, nats per token.")] = None,
+    planner: Annotated[str, typer.Option(help="cost or paper.")] = "cost",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of your own, as query.alpha=0.01; repeat for more.")
+    ] = None,
+    layers: _NUMBER = None,
+    heads: _NUMBER = None,
+    kv_heads: _NUMBER = None,
+    head_dim: _NUMBER = None,
+    parameters: _NUMBER = None,
+    dtype: _DTYPE = None,
+    device: _DEVICE = "auto",
+    calibration: Annotated[str | None, typer.Option(help="File of measured costs. [default: this machine's]")] = None,
+    profile: Annotated[str | None, typer.Option(help="Name of a profiled model. [default: the model's]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print plain data instead of a table.")] = False,
+) -> None:
+    """Say what the planner would do with a context of a model, and what that would take. Loads no weights."""
+    import yaml
+
+    from alaya_hf.cli.explain import explain, shape_of
+
+    numbers = {"layers": layers, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "parameters": parameters}
+    try:
+        wanted = AlayaConfig(planner=planner)
+        changes = {"slo": slo, "gpu_memory": gpu_memory, "recovery": recovery, "kl": kl}
+        wanted = wanted.replace(**{name: value for name, value in changes.items() if value is not None})
+        for text in settings or []:
+            name, found, value = text.partition("=")
+            if not found:
+                raise ConfigError(f"--set takes name=value, but got {text!r}.")
+            wanted = wanted.override({name: yaml.safe_load(value)})
+        result = explain(shape_of(model, numbers, dtype, device), wanted, context, batch, calibration, profile)
+    except AlayaError as error:
+        _fail(error)
+    typer.echo(result.json() if as_json else str(result))

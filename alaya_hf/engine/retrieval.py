@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from alaya_hf.engine.error import piece_error
 from alaya_hf.engine.plan import Plan
 from alaya_hf.index import Hits
 from alaya_hf.kernels import host
@@ -28,6 +29,7 @@ class RetrievalStats:
     found: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)
     everything: bool = False  # the query kept all
     everything_lse: Tensor | None = None  # [batch, heads, q_len] of all offloaded tokens, on request
+    error: Tensor | None = None  # [batch, heads, q_len] estimated error of the output, in units of values, on request
 
 
 def _search(q: Tensor, pieces: list[Piece], plan: Plan, best: Tensor, scaling: float, window_lse: Tensor) -> list[Hits]:
@@ -60,6 +62,7 @@ def retrieve(
     softcap: float | None = None,
     probing: bool = False,
     want_everything_lse: bool = False,
+    want_error: bool = False,
 ) -> tuple[Partial, Partial | None, RetrievalStats]:
     """Attend to the critical tokens of every row's offloaded context.
 
@@ -83,6 +86,8 @@ def retrieve(
         Fill in the statistics.
     want_everything_lse : bool
         Also compute the log-sum-exp over all offloaded tokens, for the recovery ratio. Costs a dense pass.
+    want_error : bool
+        Also estimate the error of the output, see :mod:`alaya_hf.engine.error`.
 
     Returns
     -------
@@ -106,11 +111,13 @@ def retrieve(
 
     q_host, best_host, lse_host = folded(q), folded(best), folded(window_lse)
     rows, residuals, everything = [], [], []
+    errors: list[Tensor] = []
     for row in range(batch):
         pieces = [piece for piece in store.rows[row] if piece.length]
         shape = q_host.shape[1:3]
         parts: list[Partial] = []
         residual: list[Partial] = []
+        searched: list[tuple[Piece, Hits, Tensor | None, Tensor | None]] = []
         if plan.query.keeps_all:
             parts += [host.dense_attention(q_host[row], piece.kv, scaling, softcap) for piece in pieces]
             count = store.length(row)
@@ -132,15 +139,22 @@ def retrieve(
                     _count(stats, row, hits, mask, heads, q_len, start)
                 if not plan.residual.is_none:
                     residual.append(plan.residual.estimate(q_host[row], piece, hits, mask, scaling))
+                if want_error:
+                    searched.append((piece, hits, mask, None if plan.residual.is_none else residual[-1].lse))
                 start += piece.length
         rows.append(merge(parts) if parts else Partial.empty(shape, head_dim))
         residuals.append(merge(residual) if residual else Partial.empty(shape, head_dim))
+        if want_error:
+            errors.append(_error(q_host[row], searched, plan, lse_host[row], rows[-1].lse, residuals[-1].lse, scaling))
         if want_everything_lse:
             dense = [host.dense_attention(q_host[row], piece.kv, scaling, softcap).lse for piece in pieces]
             everything.append(torch.logsumexp(torch.stack(dense), dim=0) if dense else torch.full(shape, float("-inf")))
     stats.bytes_read = int(stats.fetched.sum()) * 2 * head_dim * store.dtype.itemsize  # type: ignore[union-attr]
     if want_everything_lse:
         stats.everything_lse = torch.stack(everything).reshape(batch, heads, q_len)
+
+    if want_error:
+        stats.error = torch.stack(errors).reshape(batch, heads, q_len)
 
     def stacked(partials: list[Partial]) -> Partial:
         if len(partials) == 1:
@@ -149,6 +163,18 @@ def retrieve(
         return out.reshape(batch, heads, q_len).to(q.device)
 
     return stacked(rows), None if plan.residual.is_none else stacked(residuals), stats
+
+
+def _error(
+    q: Tensor, searched: list[tuple[Piece, Hits, Tensor | None, Tensor | None]], plan: Plan, window: Tensor, exact: Tensor,
+    residual: Tensor, scaling: float,
+) -> Tensor:  # fmt: skip
+    """Estimated error of a row's output, ``[kv_heads, group]``; errors of its pieces are independent."""
+    total = torch.logsumexp(torch.stack([window, exact, residual]), dim=0)
+    squares = torch.zeros(q.shape[:2])
+    for piece, hits, mask, left in searched:
+        squares += piece_error(q, piece, hits, mask, plan.residual, left, total, scaling).square()
+    return squares.sqrt()
 
 
 def _attendance(mask: Tensor, q_len: int) -> Tensor | None:

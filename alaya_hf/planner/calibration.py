@@ -1,0 +1,209 @@
+"""What the stages of a decode step cost on a machine: a short measurement, kept as a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alaya_hf.errors import CalibrationError
+from alaya_hf.planner.shape import ModelShape
+
+SCHEMA = 1
+#: Stages of the host engine: seconds per row, and per token (offloaded, or fetched for `gather`, `rescore`).
+HOST_STAGES = (
+    "window", "dense", "flat", "scan2", "scan4", "scan8", "cut", "cut_recovery", "select", "values2", "values4", "means",
+    "key_means", "gather", "graph",
+)  # fmt: skip
+#: Stages of the device engine. `pass_KV`: the low-bit pass with K-bit keys and V-bit values (0: means).
+DEVICE_STAGES = ("window", "dense", "pass42", "pass44", "pass40", "pass82", "cut", "gather", "gather8", "merge")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A cost that grows by a straight line: ``fixed + per_token * tokens`` seconds."""
+
+    fixed: float
+    per_token: float
+
+    def __call__(self, tokens: float) -> float:
+        return self.fixed + self.per_token * max(0.0, tokens)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Measured costs.
+
+    Attributes
+    ----------
+    hardware : str
+        Where it was measured.
+    kv_heads, group, head_dim : int
+        Of the layer measured; other layers are estimated in proportion to their numbers.
+    dtype : str
+        Of its keys and values.
+    host, device : mapping of str to Line
+        Stages, see :data:`HOST_STAGES` and :data:`DEVICE_STAGES`; no device stages without a GPU.
+    layer_overhead : mapping of str to float
+        Seconds per layer and step besides the stages: ``host`` and ``device`` of attention; ``eager_cpu`` and ``eager_cuda`` of
+        Transformers' Python and launches in a step that is not replayed as a graph.
+    weights : mapping of str to float
+        Bytes of weights per second that a decode step reads, by type of device; ``cuda_graph`` and ``cuda_compiled`` inside a
+        graph.
+    reference : bool
+        Whether the numbers are those that come with the package, and not this machine's.
+    report : tuple of mapping
+        Whole steps, predicted and measured.
+    """
+
+    hardware: str
+    kv_heads: int
+    group: int
+    head_dim: int
+    dtype: str
+    host: Mapping[str, Line]
+    device: Mapping[str, Line]
+    layer_overhead: Mapping[str, float]
+    weights: Mapping[str, float]
+    reference: bool = False
+    report: tuple[Mapping[str, Any], ...] = field(default=(), compare=False)
+
+    @property
+    def median_error(self) -> float | None:
+        """Median of ``|predicted - measured| / measured`` over the report; None without one."""
+        errors = sorted(abs(row["predicted"] - row["measured"]) / row["measured"] for row in self.report)
+        if not errors:
+            return None
+        middle = len(errors) // 2
+        return errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
+
+    def to_json(self) -> str:
+        """As text, the same for the same numbers."""
+        data: dict[str, Any] = {"schema": SCHEMA, "kind": "alaya_hf.calibration"}
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            if item.name in ("host", "device"):
+                value = {name: [line.fixed, line.per_token] for name, line in sorted(value.items())}
+            elif isinstance(value, Mapping):
+                value = dict(sorted(value.items()))
+            elif isinstance(value, tuple):
+                value = [dict(row) for row in value]
+            data[item.name] = value
+        return json.dumps(data, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "calibration") -> Calibration:
+        """The inverse of :meth:`to_json`.
+
+        Parameters
+        ----------
+        source : str
+            Where the text is from, for messages.
+
+        Raises
+        ------
+        CalibrationError
+            If the text is not a calibration of this schema with finite costs that are not negative.
+        """
+        try:
+            data = json.loads(text)
+            if data.get("kind") != "alaya_hf.calibration" or data.get("schema") != SCHEMA:
+                raise ValueError(f"it has kind {data.get('kind')!r} and schema {data.get('schema')!r}")
+            stages = {
+                engine: {name: Line(*map(_cost, line)) for name, line in data[engine].items()}
+                for engine in ("host", "device")
+            }
+            missing = [name for name in HOST_STAGES if name not in stages["host"]]
+            if stages["device"]:
+                missing += [name for name in DEVICE_STAGES if name not in stages["device"]]
+            if missing:
+                raise ValueError(f"it lacks the stages {', '.join(missing)}")
+            return cls(
+                hardware=str(data["hardware"]),
+                kv_heads=int(data["kv_heads"]), group=int(data["group"]), head_dim=int(data["head_dim"]),
+                dtype=str(data["dtype"]), host=stages["host"], device=stages["device"],
+                layer_overhead={name: _cost(value) for name, value in data["layer_overhead"].items()},
+                weights={name: _cost(value) for name, value in data["weights"].items()},
+                reference=bool(data["reference"]), report=tuple(data["report"]),
+            )  # fmt: skip
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CalibrationError(
+                f"{source} is no calibration of schema {SCHEMA}: {error}. Measure again with `alaya-hf calibrate`."
+            ) from error
+
+
+def _cost(value: Any) -> float:
+    cost = float(value)
+    if not 0 <= cost < math.inf:
+        raise ValueError(f"a cost of {value!r} is not a finite number of at least 0")
+    return cost
+
+
+def cache_folder() -> Path:
+    """``alaya-hf`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alaya-hf"
+
+
+def hardware_name() -> str:
+    """Processor, threads and GPU."""
+    processor = ""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                processor = line.partition(":")[2].strip()
+                break
+    except OSError:
+        pass
+    import numba
+
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{processor or 'processor'}, {numba.get_num_threads()} threads{gpu}"
+
+
+def calibration_path(shape: ModelShape) -> Path:
+    """Where the calibration of this machine for such layers is kept."""
+    name = f"{hardware_name()}|{shape.kv_heads}|{shape.group}|{shape.head_dim}|{shape.dtype}"
+    return cache_folder() / "calibration" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+
+
+def load_calibration(shape: ModelShape, path: str | Path | None = None) -> Calibration:
+    """This machine's costs, or those that come with the package.
+
+    Parameters
+    ----------
+    shape : ModelShape
+    path : str or Path, optional
+        Of a file; default: :func:`calibration_path`. The environment's ``ALAYA_HF_CALIBRATION`` names one, too.
+
+    Raises
+    ------
+    CalibrationError
+        For a file that is damaged, or one that was named and is not there.
+    """
+    named = path or os.environ.get("ALAYA_HF_CALIBRATION")
+    file = Path(named) if named else calibration_path(shape)
+    if file.is_file():
+        return Calibration.from_json(file.read_text(encoding="utf-8"), str(file))
+    if named:
+        raise CalibrationError(
+            f"there is no calibration at {file}. Measure one with `alaya-hf calibrate --output {file}`."
+        )
+    text = (resources.files("alaya_hf.planner") / "data" / "calibration.json").read_text(encoding="utf-8")
+    return Calibration.from_json(text, "the calibration of the package")
+
+
+def save_calibration(calibration: Calibration, path: Path) -> None:
+    """Write a file that readers see whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    part.write_text(calibration.to_json(), encoding="utf-8")
+    part.replace(path)

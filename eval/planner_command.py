@@ -1,0 +1,77 @@
+"""``python -m eval planner``: whether the planner keeps its promises, and how far it is from the best plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import Progress
+
+from alaya_hf.cli.calibrate import calibrate
+from alaya_hf.planner import ModelShape
+from eval.data import long_contracts
+from eval.environment import describe
+from eval.models import load
+from eval.planner_grid import grid, summary
+from eval.planner_quality import quality
+from eval.report import markdown, write_csv
+
+
+def planner(
+    part: Annotated[str, typer.Option(help="grid, quality or both.")] = "both",
+    device: Annotated[str, typer.Option(help="cpu: the host engine; cuda: the device engine.")] = "cpu",
+    contexts: Annotated[str, typer.Option(help="Context lengths of the grid. [default: by device]")] = "",
+    shape: Annotated[str, typer.Option(help="Query heads, KV heads, head dimension of the grid's layer.")] = "32,8,128",
+    model: Annotated[str, typer.Option(help="'smollm2' or a model name or path, for the quality.")] = "smollm2",
+    data_dir: Annotated[Path, typer.Option(help="Folder with cuad.jsonl.gz.")] = Path("../shared/legal"),
+    tokens: Annotated[int, typer.Option(help="Tokens of each contract.")] = 7000,
+    steps: Annotated[int, typer.Option(help="Teacher-forced steps at the end of each contract.")] = 32,
+    skip: Annotated[int, typer.Option(help="Contracts to skip: those that the profile was made on.")] = 2,
+    documents: Annotated[int, typer.Option(help="Contracts.")] = 2,
+    window: Annotated[str, typer.Option(help="Window of the quality part: first, most recent.")] = "64,256",
+    recoveries: Annotated[str, typer.Option(help="Targets.")] = "0.9,0.95,0.98",
+    kls: Annotated[str, typer.Option(help="Targets.")] = "0.01,0.001,0.0001",
+    output: Annotated[Path, typer.Option(help="Folder for tables and CSV.")] = Path("results/planner"),
+) -> None:
+    """The planner's choices against exhaustive search, and recovery, KL and error estimates against their true values."""
+    if part not in ("grid", "quality", "both"):
+        raise typer.BadParameter(f"--part takes grid, quality or both, but got {part!r}")
+    output.mkdir(parents=True, exist_ok=True)
+    texts = [describe()]
+    if part != "quality":
+        heads, kv_heads, head_dim = (int(x) for x in shape.split(","))
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        layer = ModelShape(1, heads, kv_heads, head_dim, dtype, device)
+        costs = calibrate(layer)
+        lengths = tuple(int(n) for n in (contexts or ("8192,32768" if device == "cpu" else "32768,131072")).split(","))
+        with Progress() as progress:
+            task = progress.add_task("grid", total=None)
+            cases, plans = grid(
+                layer, costs, lengths, "host" if device == "cpu" else "device", lambda: progress.advance(task)
+            )
+        write_csv(output / "grid.csv", cases)
+        write_csv(output / "plans.csv", plans)
+        error = costs.median_error
+        texts += [
+            f"calibration: median error {100 * error:.0f} % over {len(costs.report)} whole steps" if error is not None else "",
+            markdown([summary(cases, plans)]), markdown(cases),
+        ]  # fmt: skip
+    if part != "grid":
+        network, tokenizer = load(model, device)
+        init, local = (int(x) for x in window.split(","))
+        documents_found = [ids for _, ids in long_contracts(data_dir, tokenizer, tokens, skip + documents)][skip:]
+        ratios, limits = (tuple(float(x) for x in text.split(",")) for text in (recoveries, kls))
+        with Progress() as progress:
+            task = progress.add_task("quality", total=documents * (len(ratios) + len(limits) + 1))
+            kept, doubtful = quality(
+                network, documents_found, steps, (init, local), ratios, limits, lambda: progress.advance(task)
+            )
+        write_csv(output / "promises.csv", kept)
+        write_csv(output / "doubts.csv", doubtful)
+        title = f"{model}, {documents} contracts of {tokens} tokens, window {init} + {local}, {steps} steps each"
+        texts += [title, markdown(kept), markdown(doubtful)]
+    text = "\n\n".join(part for part in texts if part) + "\n"
+    (output / "planner.md").write_text(text, encoding="utf-8")
+    typer.echo(text)
