@@ -137,9 +137,9 @@ class AlayaConfig:
         four the planner picks, per layer, whatever of query, index, residual, window, ``min_context``, store_dtype and engine is
         *not given*; what is given stays. A time that no plan reaches is warned about once.
     gpu_memory : str or int, optional
-        Most device memory of the cache: ``"2GiB"`` or bytes. What ``stats()`` calls ``device_bytes``; never exceeded. Working memory of
-        prefill and ``hot_bytes`` come on top. With ``engine="device"``, passes of several tokens then attend exactly instead of
-        retrieving, unless ``max_sparse_queries`` is given.
+        Most device memory of the cache: ``"2GiB"`` or bytes. What ``stats()`` calls ``device_bytes``; never exceeded. Working
+        memory of prefill and ``hot_bytes`` come on top. With ``engine="device"``, passes of several tokens then attend exactly
+        instead of retrieving, unless ``max_sparse_queries`` is given.
     recovery : float, optional
         Share of the attention mass to be attended exactly, in every layer and group of query heads, in (0, 1].
     kl : float, optional
