@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from alaya_hf.index.base import Hits, Index, Searcher
 from alaya_hf.kernels import host
 from alaya_hf.kernels.state import expect_tensors
 from alaya_hf.query.base import Query
+from alaya_hf.query.dipr import DIPR
 from alaya_hf.query.topk import TopK
 from alaya_hf.registry import INDEXES
 
@@ -45,7 +46,7 @@ class Coarse(Index):
     Notes
     -----
     :class:`~alaya_hf.TopK` asks for ``k`` tokens and gets ``ceil(k / block)`` blocks; :class:`~alaya_hf.DIPR` gets every
-    block whose score is within ``beta`` of the best one. ``Recovery`` needs the score of every token and is refused.
+    block whose score is within ``beta`` of the best one, at most ``ceil(cap / block)``. ``Recovery`` needs the score of every token and is refused.
     """
 
     block: int = 128
@@ -73,6 +74,15 @@ class Coarse(Index):
     def open(self, segment: object) -> CoarseSearcher:
         """See :meth:`Index.open`."""
         return CoarseSearcher(self)
+
+
+def per_block(query: Query, block: int) -> Query:
+    """A query over tokens as one over blocks: numbers of tokens become those of the blocks that hold as many."""
+    if isinstance(query, TopK):
+        return TopK(-(-query.k // block))
+    if isinstance(query, DIPR) and query.cap is not None:
+        return replace(query, cap=-(-query.cap // block))
+    return query
 
 
 class CoarseSearcher(Searcher):
@@ -148,7 +158,7 @@ class CoarseSearcher(Searcher):
         n, block = kv.shape[1], self.index.block
         blocks = -(-n // block)
         scores = self._scores(q, blocks)
-        rule = TopK(-(-query.k // block)) if isinstance(query, TopK) else query
+        rule = per_block(query, block)
         threshold = rule.threshold(scores, best, scaling, window_lse)
         ids, offsets, mask = host.select_threshold(scores, threshold)
         found = Hits(ids, offsets, mask, touched=kv.shape[0] * blocks)

@@ -68,6 +68,10 @@ class BlockLayout:
         """Vectors per block, the mean value included."""
         return self.keys + self.values
 
+    def scored(self, tokens: int) -> int:
+        """Scores that a query head computes over so many tokens: one per block."""
+        return -(-tokens // self.tokens)
+
     @property
     def bytes_per_token(self) -> float:
         """Bytes per token and KV head."""

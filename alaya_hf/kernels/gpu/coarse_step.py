@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +42,11 @@ class CoarseWorkspace:
     cap: int
     device: torch.device
     dtype: torch.dtype
+
+    #: As :class:`~alaya_hf.kernels.gpu.step.Workspace` says it: one token at a time, no hot set.
+    new: ClassVar[int] = 1
+    positions: ClassVar[int] = 1
+    hot: ClassVar[None] = None
 
     def __post_init__(self) -> None:
         block = self.layout.tokens
