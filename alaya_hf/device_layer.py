@@ -27,8 +27,9 @@ class DeviceLayer(AlayaLayer):
     The window and a low-bit copy of all tokens before it (or, with the index ``coarse``, what stands for their blocks) lie on
     the device, every token's exact vectors in pinned host memory. A forward pass of one token is a chain of kernels that never
     waits for the host, and so, but for ``coarse``, is one of up to ``max_sparse_queries`` tokens over a context of which some
-    have left the window: each of its tokens retrieves as if they came one by one. Longer passes, those with padding among the new tokens, and those over a context that the window holds as
-    a whole are prefill, as the configuration says: the offloaded tokens come to the device in blocks.
+    have left the window: each of its tokens retrieves as if they came one by one. Longer passes, those with padding among the
+    new tokens, and those over a context that the window holds as a whole are prefill, as the configuration says: the offloaded
+    tokens come to the device in blocks.
 
     Parameters
     ----------

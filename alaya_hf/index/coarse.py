@@ -46,7 +46,12 @@ class Coarse(Index):
     Notes
     -----
     :class:`~alaya_hf.TopK` asks for ``k`` tokens and gets ``ceil(k / block)`` blocks; :class:`~alaya_hf.DIPR` gets every
-    block whose score is within ``beta`` of the best one, at most ``ceil(cap / block)``. ``Recovery`` needs the score of every token and is refused.
+    block whose score is within ``beta`` of the best one, at most ``ceil(cap / block)`` where it has a cap. ``Recovery`` needs the
+    score of every token and is refused.
+
+    With ``engine="device"`` blocks hold 16 to 512 tokens, a power of two, with at most 64 representatives; a step takes at most
+    512 blocks per query head, and 16 where a ``DIPR`` has no cap. What stands for a block is kept in float16, representatives as
+    their mean: at head dimension 128 and blocks of 128, 2 bytes per token and KV head against 512 for keys and values.
     """
 
     block: int = 128

@@ -105,8 +105,7 @@ def check_selection_of_the_host(device: str, dtype: torch.dtype = torch.float16)
         for name in ("retrieved", "fetched", "attended", "recovery"):
             assert abs(mine[name] - wanted[name]) <= 2e-3 * max(1.0, wanted[name]), (changes, name, mine, wanted)
         per_step = [sorted(int(x) for ids in probe.ids for x in ids) for probe in probes]
-        if len(per_step[0]):
-            assert per_step[0] == per_step[1] or changes["query"] == TopK(0)
+        assert per_step[0] == per_step[1] and bool(per_step[0]) == (changes["query"] != TopK(0))
         torch.testing.assert_close(outs[1], outs[0], atol=6e-3, rtol=6e-3)
 
 

@@ -95,13 +95,13 @@ def check_crop(model: Any, decoded: int, settings: AlayaConfig = ALL) -> None:
     holds beside the window, and to where the window holds everything.
     """
     ids, other = prompt(model, 115), prompt(model, 30, 1)
-    for settings, back in ((settings, 40), (settings.replace(min_context=100), 20)):
-        cache = AlayaCache(settings)
+    for each, back in ((settings, 40), (settings.replace(min_context=100), 20)):
+        cache = AlayaCache(each)
         logits(model, cache, ids[:, : 115 - decoded])
         for token in range(115 - decoded, 115):
             logits(model, cache, ids[:, token : token + 1])
         cache.crop(-back)
-        fresh = AlayaCache(settings)
+        fresh = AlayaCache(each)
         logits(model, fresh, ids[:, : 115 - back])
         assert cache.get_seq_length() == fresh.get_seq_length() and lows(cache) == lows(fresh)
         for step in (slice(0, 1), slice(1, 6)):

@@ -208,6 +208,14 @@ def check_everything(blocks: BlockCase) -> None:
         assert (work.fetched[row].sum(-1) == low).all()
 
 
+def two_cases(device: torch.device | str) -> list[BlockCase]:
+    """Two small layers: InfLLM's blocks in a Llama-3 shape in bfloat16, and Quest's pages in float16. Random."""
+    return [
+        BlockCase(Case(128, 4, 0, 2, 8, [0, 128, 320], torch.bfloat16, device, recent=103), *LAYOUTS[0]),
+        BlockCase(Case(64, 4, 0, 1, 3, [192, 64], torch.float16, device, recent=103), *LAYOUTS[2]),
+    ]
+
+
 CHECKS: dict[str, Callable[[BlockCase], None]] = {
     "block summaries": check_summaries,
     "block extension": check_extend_blocks,
