@@ -619,8 +619,8 @@ class AlayaCache(Cache):
             low-bit copies, what stands for blocks, and workspace), ``hot_bytes`` (of the hot sets, beside ``device_bytes``),
             ``offloaded_bytes`` (host memory, shared contexts once), ``index_bytes``, ``total_bytes`` (what a DynamicCache would
             hold for these layers), ``captures`` and ``replays`` (of decode steps as CUDA graphs).
-            With hot sets also ``hot_lookups`` (tokens that decode steps fetched, per KV head), ``hot_hits`` (those found on the device) and ``hot_hit_rate`` (None before the first
-            lookup); reading them waits for the devices. With
+            With hot sets also ``hot_lookups`` (tokens that decode steps fetched, per KV head), ``hot_hits`` (those found on the
+            device) and ``hot_hit_rate`` (None before the first lookup); reading them waits for the devices. With
             ``probe=True`` also means over decode steps and layers: ``attended``, ``retrieved``, ``recovery`` (with
             ``probe_recovery``), ``error`` (estimated error of a layer's output relative to its norm, host engine),
             ``skipped_tiles`` (share of the off-diagonal tiles that a sparse prefill skipped),
