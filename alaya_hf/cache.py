@@ -616,11 +616,11 @@ class AlayaCache(Cache):
         dict
             Always: ``tokens`` (columns cached), ``window_bytes`` and ``lowbit_bytes``, ``workspace_bytes`` (buffers of a step,
             with ``engine="device"``), ``device_bytes`` (on the layers' devices: the windows; with ``engine="device"`` also
-            low-bit copies and workspace), ``hot_bytes`` (of the hot sets, beside ``device_bytes``), ``offloaded_bytes`` (host
-            memory, shared contexts once), ``index_bytes``, ``total_bytes`` (what a DynamicCache would hold for these layers),
-            ``captures`` and ``replays`` (of decode steps as CUDA graphs). With hot sets also ``hot_lookups`` (tokens that decode
-            steps fetched, per KV head), ``hot_hits`` (those found on the device) and ``hot_hit_rate`` (None before the first
-            lookup); reading them waits for the devices. With
+            low-bit copies, what stands for blocks, and workspace), ``hot_bytes`` (of the hot sets, beside ``device_bytes``),
+            ``offloaded_bytes`` (host memory, shared contexts once), ``index_bytes``, ``total_bytes`` (what a DynamicCache would
+            hold for these layers), ``captures`` and ``replays`` (of decode steps as CUDA graphs).
+            With hot sets also ``hot_lookups`` (tokens that decode steps fetched, per KV head), ``hot_hits`` (those found on the
+            device) and ``hot_hit_rate`` (None before the first lookup); reading them waits for the devices. With
             ``probe=True`` also means over decode steps and layers: ``attended``, ``retrieved``, ``recovery`` (with
             ``probe_recovery``), ``error`` (estimated error of a layer's output relative to its norm, host engine),
             ``skipped_tiles`` (share of the off-diagonal tiles that a sparse prefill skipped),
@@ -636,7 +636,9 @@ class AlayaCache(Cache):
             "window_bytes": window,
             "lowbit_bytes": sum(layer.lowbit_bytes for layer in layers),
             "workspace_bytes": self._shared.nbytes,
-            "device_bytes": window + sum(layer.lowbit_bytes for layer in driven) + self._shared.nbytes,
+            "device_bytes": window
+            + sum(layer.lowbit_bytes + layer.index_bytes for layer in driven)
+            + self._shared.nbytes,
             "hot_bytes": sum(layer.hot_bytes for layer in driven),
             "captures": self.graphs.captures if self.graphs else 0,
             "replays": self.graphs.replays if self.graphs else 0,

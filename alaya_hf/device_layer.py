@@ -12,7 +12,6 @@ from alaya_hf.config import AlayaConfig
 from alaya_hf.engine.device.plan import ADVICE, device_plan
 from alaya_hf.engine.device.shared import DeviceShared
 from alaya_hf.errors import AlayaError, ConfigError, UnsupportedModelError
-from alaya_hf.kernels.gpu.layout import Layout
 from alaya_hf.kernels.gpu.store_format import EIGHT_BIT, StoreFormat
 from alaya_hf.kernels.partial import Partial
 from alaya_hf.layer import AlayaLayer, ForwardState, _outside_inference_mode
@@ -25,11 +24,12 @@ if TYPE_CHECKING:
 class DeviceLayer(AlayaLayer):
     """Keys and values of one attention layer with ``engine="device"``.
 
-    The window and a low-bit copy of all tokens before it lie on the device, every token's exact vectors in pinned host
-    memory. A forward pass of one token is a chain of kernels that never waits for the host, and so is one of up to
-    ``max_sparse_queries`` tokens over a context of which some have left the window: each of its tokens retrieves as if they
-    came one by one. Longer passes, those with padding among the new tokens, and those over a context that the window holds as
-    a whole are prefill, as the configuration says: the offloaded tokens come to the device in blocks.
+    The window and a low-bit copy of all tokens before it (or, with the index ``coarse``, what stands for their blocks) lie on
+    the device, every token's exact vectors in pinned host memory. A forward pass of one token is a chain of kernels that never
+    waits for the host, and so, but for ``coarse``, is one of up to ``max_sparse_queries`` tokens over a context of which some
+    have left the window: each of its tokens retrieves as if they came one by one. Longer passes, those with padding among the
+    new tokens, and those over a context that the window holds as a whole are prefill, as the configuration says: the offloaded
+    tokens come to the device in blocks.
 
     Parameters
     ----------
@@ -138,7 +138,7 @@ class DeviceLayer(AlayaLayer):
                 f"store_dtype={name!r}. {ADVICE}"
             )
         try:
-            layout = Layout(head_dim, self.plan.key_bits, self.plan.value_bits)
+            layout = self.plan.layout(head_dim)
             form = StoreFormat(head_dim, EIGHT_BIT.get(name, self.dtype))
         except ValueError as error:
             raise UnsupportedModelError(f"engine='device': {error}. {ADVICE}") from error
@@ -233,13 +233,13 @@ class DeviceLayer(AlayaLayer):
 
     @property
     def lowbit_bytes(self) -> int:
-        """Bytes of the low-bit copy on the layer's device, room to grow included."""
+        """Bytes of the low-bit copy on the layer's device, room to grow included; zero with blocks."""
         return 0 if self.tokens is None else self.tokens.lowbit_bytes
 
     @property
     def index_bytes(self) -> int:
-        """Zero: the low-bit copy is the index."""
-        return 0
+        """Bytes of what stands for blocks on the layer's device, room to grow included; zero with a low-bit copy."""
+        return 0 if self.tokens is None else self.tokens.index_bytes
 
     @property
     def token_bytes(self) -> int:

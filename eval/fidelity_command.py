@@ -10,7 +10,7 @@ import torch
 import typer
 from rich.progress import Progress
 
-from alaya_hf import DIPR
+from alaya_hf import DIPR, TopK
 from eval.data import long_contracts
 from eval.environment import describe
 from eval.fidelity import Fidelity, follow, prefill, reference
@@ -22,6 +22,15 @@ SYSTEMS = {
     **{name: ALAYA[name] for name in ("alaya", "alaya, cap 128", "alaya, 4-bit values", "alaya, block means")},
     "alaya, 8-bit store": ALAYA["alaya, 8-bit store"],
     "alaya, cap 128, hot set of 64 MiB": ALAYA["alaya, cap 128"].replace(hot_bytes=1 << 26),
+    "alaya, coarse": ALAYA["alaya, coarse"],
+    "coarse, 32 blocks of 64 by their bounds": ALAYA["alaya, coarse"].replace(
+        query=TopK(2048), index={"kind": "coarse", "block": 64, "strategy": "bounds"}
+    ),
+    "coarse, 16 blocks of 16, block means of the rest": ALAYA["alaya, coarse"].replace(
+        query=TopK(256),
+        index={"kind": "coarse", "block": 16, "strategy": "mean"},
+        residual={"kind": "block_means", "block": 16},
+    ),
     "DIPR .012, the engine's own cap of 256": DEVICE.replace(query=DIPR(alpha=0.012)),
     "DIPR .012, cap 256, 4-bit values": DEVICE.replace(
         query=DIPR(alpha=0.012), residual={"kind": "low_bit", "key_bits": 4, "value_bits": 4}

@@ -8,7 +8,6 @@ import platform
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,7 +15,9 @@ import torch
 import typer
 from torch import Tensor
 
-from alaya_hf.kernels.gpu import cut, gather, lowbit, merge, quantise, window
+from alaya_hf.kernels.gpu import block_scores, cut, gather, gather_blocks, lowbit, merge, quantise, summarise, window
+from alaya_hf.kernels.gpu.block_layout import BlockLayout
+from alaya_hf.kernels.gpu.coarse_step import CoarseWorkspace, coarse_step
 from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
@@ -29,13 +30,26 @@ _CHUNK = 1 << 17
 
 @dataclass(frozen=True)
 class System:
-    """What is measured: bits of the low-bit copy and the query."""
+    """What is measured: bits of the low-bit copy, or blocks in its place, and the query.
+
+    `cap` is in tokens, with blocks in blocks; with `alpha` 0 it decides alone.
+    """
 
     name: str
     key_bits: int = 4
     value_bits: int = 2
     cap: int = 32
     alpha: float = 0.012
+    block: int = 0
+    strategy: str = "representatives"
+    means: bool = False
+
+    def layout(self, head_dim: int) -> Layout | BlockLayout:
+        """What lies on the device."""
+        if not self.block:
+            return Layout(head_dim, self.key_bits, self.value_bits)
+        count = 4 if self.strategy == "representatives" else 1
+        return BlockLayout(head_dim, self.block, self.strategy, count, self.means)
 
 
 SYSTEMS = {
@@ -45,6 +59,9 @@ SYSTEMS = {
         System("block_means", value_bits=0),
         System("4-bit values", value_bits=4),
         System("8-bit keys", key_bits=8),
+        System("coarse", cap=4, alpha=0, block=128),
+        System("coarse, 16 blocks", cap=16, alpha=0, block=128),
+        System("coarse, block_means", cap=16, alpha=0, block=16, strategy="mean", means=True),
     )
 }
 
@@ -57,7 +74,7 @@ class Layer:
     values: Tensor
     store: Tensor
     queries: Tensor
-    records: dict[tuple[int, int], Tensor]
+    records: dict[Layout | BlockLayout, Tensor]
     window_k: Tensor
     window_v: Tensor
     new_k: Tensor
@@ -134,11 +151,13 @@ def _make_layer(system: list[System], shape: tuple[int, int, int], tokens: int, 
     low = tokens // TILE * TILE - RING  # the rest is the window's
     records = {}
     zero = torch.zeros(1, dtype=torch.int32, device="cuda")
-    for bits in {(s.key_bits, s.value_bits) for s in system}:
-        records[bits] = Layout(d, *bits).allocate(1, kv_heads, low + 4 * TILE, "cuda")
-        quantise.quantise_tokens(
-            keys[:, :, INIT : INIT + low], values[:, :, INIT : INIT + low], records[bits], zero, zero + low, *bits
-        )
+    for layout in {s.layout(d) for s in system}:
+        records[layout] = layout.allocate(1, kv_heads, low + 4 * TILE, "cuda")
+        taken = (keys[:, :, INIT : INIT + low], values[:, :, INIT : INIT + low], records[layout], zero, zero + low)
+        if isinstance(layout, BlockLayout):
+            summarise.summarise_blocks(*taken, layout.tokens, layout.strategy, layout.count, layout.values)
+        else:
+            quantise.quantise_tokens(*taken, layout.key_bits, layout.value_bits)
     for h in range(kv_heads):
         store[0, h, : tokens - INIT, 0].copy_(keys[0, h, INIT:])
         store[0, h, : tokens - INIT, 1].copy_(values[0, h, INIT:])
@@ -151,11 +170,11 @@ def _make_layer(system: list[System], shape: tuple[int, int, int], tokens: int, 
 
 
 def _stages(
-    work: Workspace, layer: Layer, q: Tensor, system: System, total: Tensor, low: Tensor, scaling: float, beta: float
-):
+    work: Workspace, layer: Layer, q: Tensor, total: Tensor, low: Tensor, scaling: float, beta: float
+) -> dict[str, Callable[[], None]]:
     """Single stages, each on what the ones before it left in the buffers."""
-    bits = (system.key_bits, system.value_bits)
-    records, k, v = layer.records[bits], layer.new_k, layer.new_v
+    bits = (work.layout.key_bits, work.layout.value_bits)
+    records, k, v = layer.records[work.layout], layer.new_k, layer.new_v
     after = work.window_parts + work.parts
     scratch = torch.empty_like(work.best)  # the merge would reset what the other stages read
 
@@ -183,7 +202,45 @@ def _stages(
             "cut": select, "gather": attend, "merge": together}  # fmt: skip
 
 
-def _error(work: Workspace, layer: Layer, q: Tensor, out: Tensor, scaling: float) -> float:
+def _coarse_stages(
+    work: CoarseWorkspace, layer: Layer, q: Tensor, total: Tensor, low: Tensor, scaling: float, beta: float
+) -> dict[str, Callable[[], None]]:
+    """The same of a step over blocks."""
+    layout, summaries, k, v = work.layout, layer.records[work.layout], layer.new_k, layer.new_v
+    block, bounds, means, after = (
+        layout.tokens,
+        layout.strategy == "bounds",
+        layout.values,
+        work.window_parts + work.parts,
+    )
+    scratch = torch.empty_like(work.best)
+
+    def at_window() -> None:
+        window.window_attention(q, k, v, layer.window_k, layer.window_v, layer.store, total, low, work.best, work.acc,
+                                work.ml, 0, INIT, scaling)  # fmt: skip
+        summarise.extend_blocks(layer.window_k, layer.window_v, summaries, total, low, INIT, LOCAL, block, layout.strategy,
+                                layout.count, means)  # fmt: skip
+
+    def scan() -> None:
+        block_scores.block_scores(summaries, q, low, work.blocks, work.best, work.group_max, work.scores, work.acc, work.ml,
+                                  work.window_parts, work.programs, scaling, block, bounds, means)  # fmt: skip
+
+    def select() -> None:
+        cut.cut(work.group_max, work.scores, work.best, work.ml, work.blocks, work.ids, work.counts, work.thresholds,
+                work.limits, work.chosen, work.window_parts, work.parts, scaling, beta, 1.0)  # fmt: skip
+
+    def attend() -> None:
+        gather_blocks.gather_blocks(layer.store, q, work.ids, work.counts, work.thresholds, work.limits, work.scores,
+                                    summaries, low, work.acc, work.ml, work.fetched, after, scaling, block, True,
+                                    means)  # fmt: skip
+
+    def together() -> None:
+        merge.merge_partials(work.acc, work.ml, work.out, work.lse, scratch)
+
+    return {"window": at_window, "low-bit pass": scan, "cut": select, "gather": attend, "merge": together}
+
+
+def _error(work: Workspace | CoarseWorkspace, layer: Layer, q: Tensor, out: Tensor, scaling: float) -> float:
     """Relative error of a step's output against dense attention in float32."""
     kv_heads, group = work.kv_heads, work.group
     truth = []
@@ -242,21 +299,20 @@ def measure(
         {"tokens": tokens, "system": "copy over the bus", "us": full / bus / 1e3, "x SDPA": full / bus / 1e3 / sdpa},
     ]
     for system in systems:
-        bits = (system.key_bits, system.value_bits)
-        layout = Layout(d, *bits)
+        layout = system.layout(d)
+        coarse = isinstance(layout, BlockLayout)
         beta = -math.log(system.alpha) / scaling if system.alpha else float("inf")
-        capacity = made[0].records[bits].shape[2] * TILE
-        make = partial(
-            Workspace, 1, kv_heads, group, layout, capacity, INIT + RING, system.cap, torch.device("cuda"), dtype
-        )
-        work = make()
+        capacity = made[0].records[layout].shape[2] * layout.tokens
+        sizes = (1, kv_heads, group, layout, capacity, INIT + RING, system.cap, torch.device("cuda"), dtype)
+        kind, run = (CoarseWorkspace, coarse_step) if coarse else (Workspace, decode_step)
+        work = kind(*sizes)
 
         def step(
-            layer: Layer, q: Tensor, system: System = system, work: Workspace = work, beta: float = beta
+            layer: Layer, q: Tensor, work: Any = work, run: Callable[..., Tensor] = run, beta: float = beta
         ) -> Callable[[], Tensor]:
-            return lambda: decode_step(
+            return lambda: run(
                 work, q, layer.new_k, layer.new_v, layer.window_k, layer.window_v, layer.store,
-                layer.records[system.key_bits, system.value_bits], total, low, INIT, LOCAL, scaling, beta,
+                layer.records[work.layout], total, low, INIT, LOCAL, scaling, beta,
             )  # fmt: skip
 
         whole = timed([step(*turn) for turn in turns])
@@ -264,9 +320,9 @@ def measure(
         for layer, q in turns[:2]:
             out = step(layer, q)()
             errors.append(_error(work, layer, q, out, scaling))
-            counts.append(work.counts.float().mean().item())
+            counts.append(work.counts.float().mean().item() * (layout.tokens if coarse else 1))
             fetched.append(work.fetched.sum(-1).float().mean().item())
-        one = (int(low) // TILE) * layout.record * kv_heads
+        one = int(low) * layout.bytes_per_token * kv_heads
         bus_bytes = statistics.mean(fetched) * kv_heads * 2 * d * dtype.itemsize
         row = {
             "tokens": tokens, "system": system.name, "cap": system.cap, "us": whole, "x SDPA": whole / sdpa,
@@ -277,9 +333,9 @@ def measure(
         # Every turn with buffers of its own: a stage finds there what its own step left.
         parts = []
         for layer, q in turns:
-            own = make()
+            own = kind(*sizes)
             step(layer, q, work=own)()
-            parts.append(_stages(own, layer, q, system, total, low, scaling, beta))
+            parts.append((_coarse_stages if coarse else _stages)(own, layer, q, total, low, scaling, beta))
         for stage in parts[0]:
             row[stage + " us"] = timed([part[stage] for part in parts])
         row["pass GB/s"] = one / row["low-bit pass us"] / 1e3
@@ -300,7 +356,9 @@ def _print(rows: list[dict[str, Any]]) -> str:
 
 def kernel(
     contexts: Annotated[str, typer.Option(help="Context lengths, comma-separated.")] = "131072,524288,1048576",
-    systems: Annotated[str, typer.Option(help="Systems, comma-separated.")] = "two precisions,block_means,4-bit values",
+    systems: Annotated[
+        str, typer.Option(help="Systems, comma-separated.")
+    ] = "two precisions,block_means,4-bit values,coarse",
     caps: Annotated[
         str, typer.Option(help="Caps to sweep for the first system, comma-separated; empty: none.")
     ] = "8,128,512",
@@ -311,10 +369,11 @@ def kernel(
     """One layer's decode step on a CUDA device, stage by stage, against SDPA on resident keys and values."""
     if not torch.cuda.is_available():
         raise typer.BadParameter("expected a CUDA device, found none")
-    unknown = sorted(set(systems.split(",")) - set(SYSTEMS))
+    names = [name.replace("\0", ", ") for name in systems.replace(", ", "\0").split(",") if name]
+    unknown = sorted(set(names) - set(SYSTEMS))
     if unknown:
-        raise typer.BadParameter(f"unknown systems {unknown}; available: {', '.join(SYSTEMS)}")
-    chosen = [SYSTEMS[name] for name in systems.split(",")]
+        raise typer.BadParameter(f"unknown systems {unknown}; available: {'; '.join(SYSTEMS)}")
+    chosen = [SYSTEMS[name] for name in names]
     chosen += [replace(chosen[0], cap=int(cap)) for cap in caps.split(",") if cap]
     lengths = [int(n) for n in contexts.split(",")]
     kv_heads, group, d = (int(x) for x in shape.split(","))

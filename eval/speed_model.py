@@ -17,7 +17,7 @@ from transformers import DynamicCache, QuantizedCache, StaticCache, StoppingCrit
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
-from alaya_hf import DIPR, AlayaCache, AlayaConfig
+from alaya_hf import DIPR, AlayaCache, AlayaConfig, TopK
 from alaya_hf.attention import alaya_attention, alaya_mask
 from alaya_hf.probes import Probe
 from eval import plots
@@ -38,6 +38,8 @@ ALAYA: dict[str, AlayaConfig] = {
     "alaya, cap 512, hot set": DEVICE.replace(query=DIPR(alpha=0.003, cap=512), hot_bytes=1 << 29),
     "alaya, 4-bit values": DEVICE.replace(residual={"kind": "low_bit", "key_bits": 4, "value_bits": 4}),
     "alaya, block means": DEVICE.replace(residual={"kind": "block_means", "block": 32}),
+    # The tightest in device memory. InfLLM's blocks, fewer of them: each brings 128 tokens over the bus.
+    "alaya, coarse": DEVICE.replace(query=TopK(512), index="coarse", residual="none"),
     "alaya, 8-bit store": DEVICE.replace(store_dtype="int8"),
     "alaya, 8-bit store, compiled blocks": DEVICE.replace(store_dtype="int8", cuda_graphs="compile"),
 }

@@ -145,6 +145,12 @@ def test_quest_bound_is_an_upper_bound(block):
     assert (bound + 1e-3 >= scores.unflatten(-1, (blocks, block)).amax(-1)).all()
 
 
+def test_a_cap_on_coarse_counts_tokens():
+    segment, q, index = segment_of(200), queries(), Coarse(block=16, strategy="mean")
+    capped, best = (search(segment, index, query, q) for query in (DIPR(beta=float("inf"), cap=40), TopK(40)))
+    assert torch.equal(dense(capped, 200), dense(best, 200)) and bool((dense(best, 200).sum(-1) <= 48).all())
+
+
 @pytest.mark.parametrize("strategy", ["bounds", "mean", "representatives"])
 def test_coarse_returns_whole_blocks_and_grows(strategy):
     index = Coarse(block=16, strategy=strategy, count=2)

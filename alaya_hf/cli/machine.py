@@ -235,18 +235,22 @@ def _kernels(index: int) -> dict[str, Any]:
     """The decode kernels against their references, and how the low-bit pass is compiled."""
     if importlib.util.find_spec("triton") is None:
         return {"nvrtc": False, "kernels": {"all": "not run: Triton is not installed"}}
-    from alaya_hf.kernels.gpu import checks, nvrtc
+    from alaya_hf.kernels.gpu import block_checks, checks, nvrtc
 
     there = nvrtc.available(index)
     if not __debug__:
         return {"nvrtc": there, "kernels": {"all": "not run: Python runs with -O, which leaves the checks out"}}
 
-    def run(check: Callable[[Any], None]) -> str:
+    def run(check: Callable[[Any], None], cases: Callable[[str], list[Any]]) -> str:
         begin = time.perf_counter()
-        for case in checks.two_cases(f"cuda:{index}"):
+        for case in cases(f"cuda:{index}"):
             check(case)
         torch.cuda.synchronize(index)
         return f"ok, {time.perf_counter() - begin:.1f} s with compiling"
 
-    results = {name: _guarded(partial(run, check)) for name, check in checks.CHECKS.items()}
+    results = {
+        name: _guarded(partial(run, check, each.two_cases))
+        for each in (checks, block_checks)
+        for name, check in each.CHECKS.items()
+    }
     return {"nvrtc": there, "kernels": results}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from alaya_hf.index.base import Hits, Index, Searcher
 from alaya_hf.kernels import host
 from alaya_hf.kernels.state import expect_tensors
 from alaya_hf.query.base import Query
+from alaya_hf.query.dipr import DIPR
 from alaya_hf.query.topk import TopK
 from alaya_hf.registry import INDEXES
 
@@ -45,7 +46,12 @@ class Coarse(Index):
     Notes
     -----
     :class:`~alaya_hf.TopK` asks for ``k`` tokens and gets ``ceil(k / block)`` blocks; :class:`~alaya_hf.DIPR` gets every
-    block whose score is within ``beta`` of the best one. ``Recovery`` needs the score of every token and is refused.
+    block whose score is within ``beta`` of the best one, at most ``ceil(cap / block)`` where it has a cap. ``Recovery`` needs the
+    score of every token and is refused.
+
+    With ``engine="device"`` blocks hold 16 to 512 tokens, a power of two, with at most 64 representatives; a step takes at most
+    512 blocks per query head, and 16 where a ``DIPR`` has no cap. What stands for a block is kept in float16, representatives
+    (there always the keys with the largest norms) as their mean: at head dimension 128 and blocks of 128, 2 bytes per token and KV head against 512 for keys and values.
     """
 
     block: int = 128
@@ -73,6 +79,15 @@ class Coarse(Index):
     def open(self, segment: object) -> CoarseSearcher:
         """See :meth:`Index.open`."""
         return CoarseSearcher(self)
+
+
+def per_block(query: Query, block: int) -> Query:
+    """A query over tokens as one over blocks: numbers of tokens become those of the blocks that hold as many."""
+    if isinstance(query, TopK):
+        return TopK(-(-query.k // block))
+    if isinstance(query, DIPR) and query.cap is not None:
+        return replace(query, cap=-(-query.cap // block))
+    return query
 
 
 class CoarseSearcher(Searcher):
@@ -148,7 +163,7 @@ class CoarseSearcher(Searcher):
         n, block = kv.shape[1], self.index.block
         blocks = -(-n // block)
         scores = self._scores(q, blocks)
-        rule = TopK(-(-query.k // block)) if isinstance(query, TopK) else query
+        rule = per_block(query, block)
         threshold = rule.threshold(scores, best, scaling, window_lse)
         ids, offsets, mask = host.select_threshold(scores, threshold)
         found = Hits(ids, offsets, mask, touched=kv.shape[0] * blocks)

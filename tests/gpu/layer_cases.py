@@ -65,42 +65,43 @@ def check_generation(model: Any, length: int, new: int, settings: AlayaConfig = 
     assert stats["device_bytes"] >= stats["window_bytes"] + stats["lowbit_bytes"] > 0
 
 
-def check_min_context(model: Any) -> None:
+def check_min_context(model: Any, settings: AlayaConfig = ALL) -> None:
     """A context grows out of the window that held all of it, in the middle of a generation."""
-    settings, ids = ALL.replace(min_context=116), prompt(model, 114)
+    settings, ids = settings.replace(min_context=116), prompt(model, 114)
     cache = AlayaCache(settings)
     before = generate(model, cache, ids, 3)
     assert lows(cache) == [0] and cache.layers[0].tokens.ring >= 114
     after = generate(model, cache, torch.cat([ids, torch.tensor(before, device=ids.device)], 1), 3)
-    assert lows(cache) == [64] and cache.layers[0].tokens.ring == 84
+    tokens = cache.layers[0].tokens
+    assert lows(cache) == [64] and tokens.ring == 20 + tokens.slack
     assert [before[0] + after[0]] == generate(model, DynamicCache(), ids, 6)
 
 
-def check_padding(model: Any) -> None:
+def check_padding(model: Any, settings: AlayaConfig = ALL) -> None:
     """Rows of unequal length, one of them shorter than the window, each as if alone."""
     ids, mask = prompt(model, 120, rows=2), torch.ones(2, 120, dtype=torch.int64, device=model.device)
     mask[1, :101] = 0
-    cache = AlayaCache(ALL)
+    cache = AlayaCache(settings)
     # In chunks, of which the first two are padding in the second row.
     found = generate(model, cache, ids, 4, attention_mask=mask, prefill_chunk_size=50)
     assert found == generate(model, DynamicCache(), ids, 4, attention_mask=mask)
     assert lows(cache) == [64, 0] and cache.layers[0].token_counts() == [123, 22]
 
 
-def check_crop(model: Any, decoded: int) -> None:
+def check_crop(model: Any, decoded: int, settings: AlayaConfig = ALL) -> None:
     """What a cache answers after tokens were taken back is what it answers without them.
 
     The last `decoded` of 115 tokens came one by one. Back by more than the ring
     holds beside the window, and to where the window holds everything.
     """
     ids, other = prompt(model, 115), prompt(model, 30, 1)
-    for settings, back in ((ALL, 40), (ALL.replace(min_context=100), 20)):
-        cache = AlayaCache(settings)
+    for each, back in ((settings, 40), (settings.replace(min_context=100), 20)):
+        cache = AlayaCache(each)
         logits(model, cache, ids[:, : 115 - decoded])
         for token in range(115 - decoded, 115):
             logits(model, cache, ids[:, token : token + 1])
         cache.crop(-back)
-        fresh = AlayaCache(settings)
+        fresh = AlayaCache(each)
         logits(model, fresh, ids[:, : 115 - back])
         assert cache.get_seq_length() == fresh.get_seq_length() and lows(cache) == lows(fresh)
         for step in (slice(0, 1), slice(1, 6)):
@@ -112,29 +113,29 @@ def check_crop(model: Any, decoded: int) -> None:
                 torch.testing.assert_close(x, y, atol=0.05, rtol=0.05)
 
 
-def check_beams(model: Any) -> None:
+def check_beams(model: Any, settings: AlayaConfig = ALL) -> None:
     """Rows change places in every step; the host engine keeps everything too."""
     ids = prompt(model, 95)
     call: dict[str, Any] = {"num_beams": 2, "num_return_sequences": 2}
-    host = AlayaCache(ALL.replace(engine="host"))
-    assert generate(model, AlayaCache(ALL), ids, 3, **call) == generate(model, host, ids, 3, **call)
+    host = AlayaCache(settings.replace(engine="host"))
+    assert generate(model, AlayaCache(settings), ids, 3, **call) == generate(model, host, ids, 3, **call)
 
 
-def check_copies(model: Any) -> None:
+def check_copies(model: Any, settings: AlayaConfig = ALL) -> None:
     """Copies go on by themselves, also under the other engine."""
     ids = prompt(model, 110)
-    cache = AlayaCache(ALL)
+    cache = AlayaCache(settings)
     logits(model, cache, ids[:, :-1])
     before = [layer.contents()[0].clone() for layer in cache.layers]
     wanted = generate(model, DynamicCache(), ids, 2)
-    twins = [copy.deepcopy(cache), cache.fork(ALL.replace(engine="host"))]
-    twins.append(twins[1].fork(ALL.replace(window=(2, 30))))
+    twins = [copy.deepcopy(cache), cache.fork(settings.replace(engine="host"))]
+    twins.append(twins[1].fork(settings.replace(window=(2, 30))))
     assert type(twins[1].layers[0]) is AlayaLayer and twins[2].layers[0].tokens.init == 2
     for twin in twins:
         assert generate(model, twin, ids, 2) == wanted
     for layer, was in zip(cache.layers, before, strict=True):
         assert torch.equal(layer.contents()[0], was)
-    taken = AlayaCache.from_cache(_filled(model, ids[:, :-1]), ALL)
+    taken = AlayaCache.from_cache(_filled(model, ids[:, :-1]), settings)
     assert generate(model, taken, ids, 2) == wanted
 
 
@@ -173,9 +174,9 @@ def attend(layer: AlayaLayer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return layer.attend(q, q.shape[-1] ** -0.5).transpose(1, 2)
 
 
-def check_rows(device: str) -> None:
+def check_rows(device: str, settings: AlayaConfig = DEFAULT) -> None:
     """Rows that changed places, and copies, answer as if they had been filled that way: estimates included."""
-    settings, rows = DEFAULT.replace(query=TopK(2)), [1, 0, 1]
+    settings, rows = settings.replace(query=TopK(2)), [1, 0, 1]
     k, v = torch.randn(2, 2, 2, 101, 32).to(device, torch.float16)
     q = 3 * torch.randn(2, 4, 101, 32).to(device, torch.float16)
     layer, wanted = DeviceLayer(settings), DeviceLayer(settings)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from alaya_hf.config import AlayaConfig
 from alaya_hf.engine.residual import BlockMean, LowBit
 from alaya_hf.errors import ConfigError
+from alaya_hf.index.coarse import Coarse, per_block
 from alaya_hf.index.quantized import Quantized
-from alaya_hf.kernels.gpu.layout import MEAN_BLOCK
+from alaya_hf.kernels.gpu.block_layout import BlockLayout
+from alaya_hf.kernels.gpu.layout import MEAN_BLOCK, Layout
 from alaya_hf.query import DIPR, Recovery, TopK
 
 SUPPORTED = (
     "engine='device' serves the queries dipr, topk and recovery on the index 'quantized' (margin 0) with the residual "
-    f"'low_bit' of as many key bits, or 'block_means' of {MEAN_BLOCK} tokens"
+    f"'low_bit' of as many key bits, or 'block_means' of {MEAN_BLOCK} tokens; and dipr and topk on the index 'coarse' without a "
+    "residual or, with strategy 'mean', with 'block_means' of its blocks"
 )
 #: Cap of a query that brings none. A range may hold half the context, and a step has to fetch all of it over the bus; what
 #: is beyond the cap is estimated.
 DEFAULT_CAP = 256
-#: What the selection kernel can hold at a time.
+#: The same in blocks of the index ``coarse``: as many as InfLLM takes.
+DEFAULT_BLOCKS = 16
+#: What the selection kernel can hold at a time, tokens or blocks.
 MAX_CAP = 512
 ADVICE = "Change the setting, or use engine='host' (for one layer: layers={number: {'engine': 'host'}})."
 
@@ -33,14 +39,18 @@ class DevicePlan:
     key_bits, value_bits : int
         Of the low-bit copy; no value bits: block means of the values.
     cap : int
-        Most offloaded tokens per query head that get exact attention, highest scores first; :data:`DEFAULT_CAP` where the
-        query has none.
+        Most offloaded tokens (with `coarse`, blocks) per query head that get exact attention, highest scores first;
+        :data:`DEFAULT_CAP` (:data:`DEFAULT_BLOCKS`) where the query has none.
     ratio : float
         Share of the attention mass that window and exact tokens have to hold; 1: not asked for.
     union : bool
         The query heads of a KV head share what each of them selected.
     dipr : DIPR or None
         Where the range comes from; None: no range.
+    coarse : Coarse or None
+        The index in place of the low-bit copy.
+    means : bool
+        With `coarse`: whether mean values answer for the blocks left out.
     """
 
     key_bits: int
@@ -49,6 +59,22 @@ class DevicePlan:
     ratio: float
     union: bool
     dipr: DIPR | None
+    coarse: Coarse | None = None
+    means: bool = False
+
+    def layout(self, head_dim: int) -> Layout | BlockLayout:
+        """How what the index keeps lies on the device.
+
+        Raises
+        ------
+        ValueError
+            For a head dimension that the kernels do not serve.
+        """
+        if self.coarse is None:
+            return Layout(head_dim, self.key_bits, self.value_bits)
+        strategy = self.coarse.strategy
+        count = self.coarse.count if strategy == "representatives" else 1
+        return BlockLayout(head_dim, self.coarse.block, strategy, count, self.means)
 
     def beta(self, scaling: float) -> float:
         """The range below the best score, in units of scores."""
@@ -76,6 +102,8 @@ def device_plan(config: AlayaConfig, layer_idx: int) -> DevicePlan:
 
     if layer_idx in config.dense_layers:
         raise refuse(f"dense_layers with layer {layer_idx}, which would attend to the whole context")
+    if isinstance(index, Coarse):
+        return _coarse_plan(config, index, refuse)
     ratio, dipr = 1.0, None
     if isinstance(query, TopK):
         cap = query.k
@@ -104,6 +132,34 @@ def device_plan(config: AlayaConfig, layer_idx: int) -> DevicePlan:
     else:
         raise refuse(f"the residual {residual.kind!r}")
     return DevicePlan(index.bits, value_bits, cap, ratio, config.group_mode == "union", dipr)
+
+
+def _coarse_plan(config: AlayaConfig, index: Coarse, refuse: Callable[[str], ConfigError]) -> DevicePlan:
+    query, residual = per_block(config.query, index.block), config.residual
+    if isinstance(query, TopK):
+        cap, dipr = query.k, None
+    elif isinstance(query, DIPR):
+        cap, dipr = DEFAULT_BLOCKS if query.cap is None else query.cap, query
+    else:
+        raise refuse(f"the query {query.kind!r} on the index 'coarse'")
+    if cap > MAX_CAP:
+        raise refuse(f"{query.kind} that may take {cap} blocks of {index.block} tokens (at most {MAX_CAP} blocks)")
+    means = isinstance(residual, BlockMean)
+    if isinstance(residual, BlockMean):
+        if index.strategy != "mean" or residual.block != index.block:
+            raise refuse(
+                f"block_means with block={residual.block} beside index.strategy={index.strategy!r} and index.block={index.block}"
+            )
+    elif not residual.is_none:
+        raise refuse(f"the residual {residual.kind!r} on the index 'coarse'")
+    if config.hot_bytes:
+        raise refuse(f"hot_bytes={config.hot_bytes} on the index 'coarse' (a hot set keeps single tokens)")
+    plan = DevicePlan(0, 0, cap, 1.0, config.group_mode == "union", dipr, index, means)
+    try:
+        plan.layout(16)
+    except ValueError as error:
+        raise refuse(f"index.block={index.block} and index.count={index.count}: {error}") from error
+    return plan
 
 
 def check_device(settings: AlayaConfig) -> None:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from alaya_hf.engine.device.plan import DevicePlan
+from alaya_hf.engine.device.selected import selected_tokens
 from alaya_hf.engine.device.tokens import DeviceTokens
+from alaya_hf.kernels.gpu.coarse_step import CoarseWorkspace
 from alaya_hf.kernels.gpu.step import Workspace
 from alaya_hf.probes import Probe, StepRecord
 
@@ -31,11 +33,12 @@ class DeviceRecord:
         self.ids: list[Tensor] = []
         self.fetched: list[Tensor] = []
 
-    def add(self, work: Workspace, first: int = 0) -> None:
+    def add(self, work: Workspace | CoarseWorkspace, first: int = 0) -> None:
         """Take over what the positions from `first` on selected, before others use the buffers."""
         shape = (work.batch, work.kv_heads, work.positions, work.group)
-        self.counts.append(work.counts.to("cpu").view(shape))
-        self.ids.append(work.ids.to("cpu").long().view(*shape, -1))
+        counts, ids = selected_tokens(work, self.lows)
+        self.counts.append(counts.view(shape))
+        self.ids.append(ids.view(*shape, -1))
         fetched = work.fetched.to("cpu").view(*shape[:3], -1)
         self.fetched.append(fetched.sum(dim=3) if work.cap else torch.zeros(shape[:3], dtype=torch.int64))
         # What the hot set did not have.
@@ -93,7 +96,7 @@ class DeviceRecord:
             attended=window + float((fetched if plan.union else counts).float().mean()),
             retrieved=float(counts.float().mean()),
             fetched=float(fetched.float().mean()),
-            touched=sum(self.lows) / batch,
+            touched=sum(tokens.layout.scored(low) for low in self.lows) / batch,
             recovery=None if recovery is None else float(recovery.mean()),
             min_recovery=None if recovery is None else float(recovery.min()),
             watched=sum(watched) / batch if watched else None,

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from alaya_hf.kernels.gpu.block_layout import BlockLayout
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.store_format import StoreFormat
 
 if TYPE_CHECKING:
+    from alaya_hf.kernels.gpu.coarse_step import CoarseWorkspace
     from alaya_hf.kernels.gpu.step import Workspace
 
 
@@ -82,7 +84,7 @@ class DeviceShared:
     """Workspaces and counters of one cache. A copy of the cache starts with none: they hold nothing between steps."""
 
     def __init__(self) -> None:
-        self._workspaces: dict[Any, Workspace] = {}
+        self._workspaces: dict[Any, Workspace | CoarseWorkspace] = {}
         self._counters: dict[Any, Counters] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceShared:
@@ -90,13 +92,15 @@ class DeviceShared:
         return copy
 
     def workspace(
-        self, batch: int, kv_heads: int, group: int, layout: Layout, tokens: int, slots: int, cap: int,
+        self, batch: int, kv_heads: int, group: int, layout: Layout | BlockLayout, tokens: int, slots: int, cap: int,
         device: torch.device, dtype: torch.dtype, hot: StoreFormat | None = None, new: int = 1,
-    ) -> Workspace:  # fmt: skip
+    ) -> Workspace | CoarseWorkspace:  # fmt: skip
         """The buffers for steps of these sizes, see :class:`~alaya_hf.kernels.gpu.step.Workspace`.
 
-        Those for passes of several tokens are kept for the last number of tokens only.
+        Those for passes of several tokens are kept for the last number of tokens only. With blocks,
+        :class:`~alaya_hf.kernels.gpu.coarse_step.CoarseWorkspace`, for one token and without a hot set.
         """
+        from alaya_hf.kernels.gpu.coarse_step import CoarseWorkspace
         from alaya_hf.kernels.gpu.short_pass import positions_at_a_time
         from alaya_hf.kernels.gpu.step import Workspace
 
@@ -106,8 +110,12 @@ class DeviceShared:
             # The old one goes first: layers grow together, so nobody needs it any more.
             self._workspaces.pop(key, None)
             work = None
-            share = positions_at_a_time(batch, kv_heads * group, tokens, new)
-            work = Workspace(batch, kv_heads, group, layout, tokens, slots, cap, device, dtype, hot, new, share)
+            sizes = (slots, cap, device, dtype)
+            if isinstance(layout, BlockLayout):
+                work = CoarseWorkspace(batch, kv_heads, group, layout, tokens, *sizes)
+            else:
+                share = positions_at_a_time(batch, kv_heads * group, tokens, new)
+                work = Workspace(batch, kv_heads, group, layout, tokens, *sizes, hot, new, share)
             self._workspaces[key] = work
         return work
 
@@ -119,7 +127,7 @@ class DeviceShared:
         return counters
 
     @property
-    def workspaces(self) -> list[Workspace]:
+    def workspaces(self) -> list[Workspace | CoarseWorkspace]:
         """All buffers there are."""
         return list(self._workspaces.values())
 

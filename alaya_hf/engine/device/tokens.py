@@ -16,6 +16,8 @@ from alaya_hf.engine.device.shared import Counters, DeviceShared, after_pass, co
 from alaya_hf.engine.device.stream import side_stream, stream_blocks, wait_for_copy
 from alaya_hf.engine.prefill import PrefillPass
 from alaya_hf.errors import AlayaError, NonFiniteError
+from alaya_hf.kernels.gpu.block_layout import BlockLayout
+from alaya_hf.kernels.gpu.coarse_step import CoarseWorkspace, coarse_step
 from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.kernels.gpu.hot_set import HotSet
 from alaya_hf.kernels.gpu.layout import TILE, Layout
@@ -23,13 +25,14 @@ from alaya_hf.kernels.gpu.quantise import quantise_tokens
 from alaya_hf.kernels.gpu.short_pass import short_pass
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
 from alaya_hf.kernels.gpu.store_format import StoreFormat
+from alaya_hf.kernels.gpu.summarise import summarise_blocks
 from alaya_hf.kernels.partial import Partial, merge_into
 from alaya_hf.storage.pinned import pinned_pool
 
 _STORE_STEP = 1024  # tokens; the store grows by half, rounded up to this
 _STORE_SLACK = 4096  # tokens that it has room for beyond those of a prefill
 _PACK_BLOCK = 16384  # tokens quantised at a time
-_TILE_STEP = 8  # tiles; the low-bit copy grows by 1/128 and this
+_TILE_STEP = 8  # records; the low-bit copy grows by 1/128 and this
 
 
 def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,11 +76,15 @@ class DeviceTokens:
     window's ring too. How many are in the low-bit copy depends on the number of tokens alone, not on how they came in. A
     context of up to `min_context` columns lies in the ring as a whole.
 
+    With blocks as the index, what stands for each takes the low-bit copy's place, and `low` counts the tokens in blocks. The
+    last block may be short by whole tiles. Until it is full its tokens stay in the ring, where a step that takes a tile into it
+    finds them, although the window does not attend to them any more.
+
     Parameters
     ----------
     batch, kv_heads : int
-    layout : Layout
-        Of the low-bit copy.
+    layout : Layout or BlockLayout
+        Of the low-bit copy, or of what stands for blocks.
     window : WindowConfig
         `overflow` is not used: the window gives 64 tokens at a time.
     min_context : int
@@ -94,6 +101,9 @@ class DeviceTokens:
     window_k, window_v : Tensor ``[batch, kv_heads, init + ring, head_dim]``
         See :func:`~alaya_hf.kernels.gpu.window.window_attention`.
     records : Tensor ``[batch, kv_heads, tiles, record / 4]`` int32
+        With blocks ``[batch, kv_heads, blocks, vectors, head_dim]`` float16.
+    slack : int
+        Slots of the ring beyond those for `local` tokens.
     store : Tensor ``[batch, kv_heads, capacity, *form.tail]``
         Host memory, pinned if the device is a GPU.
     hot : HotSet or None
@@ -103,8 +113,8 @@ class DeviceTokens:
     """
 
     def __init__(
-        self, batch: int, kv_heads: int, layout: Layout, window: WindowConfig, min_context: int, dtype: torch.dtype,
-        device: torch.device, form: StoreFormat | None = None, hot_budget: int = 0,
+        self, batch: int, kv_heads: int, layout: Layout | BlockLayout, window: WindowConfig, min_context: int,
+        dtype: torch.dtype, device: torch.device, form: StoreFormat | None = None, hot_budget: int = 0,
     ) -> None:  # fmt: skip
         self.form = StoreFormat(layout.head_dim, dtype) if form is None else form
         self.hot: HotSet | None = None
@@ -112,6 +122,7 @@ class DeviceTokens:
         self.kv_heads, self.layout, self.dtype, self.device = kv_heads, layout, dtype, device
         self.init, self.local, self.min_context = window.init, window.local, min_context
         self.counts, self.lows = [0] * batch, [0] * batch
+        self.slack = max(TILE, layout.tokens)
         self.window_k, self.window_v = self._make_window(self._ring_for(0))
         self.records = layout.allocate(batch, kv_heads, TILE, device)
         # When the copies to the store will be done that the current stream does not know of.
@@ -137,11 +148,15 @@ class DeviceTokens:
         return self.window_k.shape[2] - self.init
 
     def _ring_for(self, columns: int) -> int:
-        ring = self.local + TILE
+        ring = self.local + self.slack
         if columns <= self.min_context:
-            while ring < columns + 2 - self.init:
+            while ring < columns + 2 - self.init + self.slack - TILE:
                 ring *= 2
         return ring
+
+    def _held_from(self, low: int) -> int:
+        """First place that the ring holds: the first one that is not in a full record."""
+        return low - low % self.layout.tokens
 
     def _low_for(self, count: int, columns: int) -> int:
         if columns <= self.min_context:
@@ -152,19 +167,19 @@ class DeviceTokens:
         return max(0, count - self.init)
 
     @property
-    def rule(self) -> tuple[int, int, int]:
+    def rule(self) -> tuple[int, ...]:
         """What the numbers of a step depend on: layers with the same rule share counters."""
-        return self.init, self.local, self.min_context
+        return self.init, self.local, self.min_context, self.layout.tokens
 
     @property
     def keeps(self) -> int:
         """Recent tokens that the window keeps at least."""
-        return self.ring - TILE
+        return self.ring - self.slack
 
     @property
     def room(self) -> int:
-        """Tokens that the low-bit copy has room for."""
-        return self.records.shape[2] * TILE
+        """Tokens that the low-bit copy, or the index of blocks, has room for."""
+        return self.records.shape[2] * self.layout.tokens
 
     @property
     def capacity(self) -> int:
@@ -185,7 +200,9 @@ class DeviceTokens:
         return [count + tokens for count in self.counts], lows
 
     def retrieves(self, columns: int) -> bool:
-        """Whether a pass of several tokens over so many columns has offloaded tokens to retrieve from."""
+        """Whether a pass of several tokens over so many columns has offloaded tokens to retrieve from; never from blocks."""
+        if isinstance(self.layout, BlockLayout):
+            return False
         return any(self._low_for(count, columns) for count in self.counts)
 
     def settled(self, columns: int, tokens: int = 1) -> bool:
@@ -205,7 +222,12 @@ class DeviceTokens:
     @property
     def lowbit_bytes(self) -> int:
         """Bytes of the low-bit copy on the device, room to grow included."""
-        return self.records.numel() * self.records.element_size()
+        return 0 if isinstance(self.layout, BlockLayout) else self.records.numel() * self.records.element_size()
+
+    @property
+    def index_bytes(self) -> int:
+        """Bytes of what stands for blocks on the device, room to grow included."""
+        return self.records.numel() * self.records.element_size() if isinstance(self.layout, BlockLayout) else 0
 
     @property
     def token_bytes(self) -> int:
@@ -295,10 +317,13 @@ class DeviceTokens:
             capacity = max(places + (_STORE_SLACK if places > _STORE_SLACK else 0), capacity + capacity // 2)
             capacity = -(-capacity // _STORE_STEP) * _STORE_STEP
             self._set_store(self._copied_store(batch, capacity, list(range(batch)), layers))
-        tiles = low // TILE
-        if tiles > self.records.shape[2]:
-            tiles = max(tiles, (expected - self.local) // TILE)
-            grown = self.layout.allocate(batch, self.kv_heads, TILE * (tiles + tiles // 128 + _TILE_STEP), self.device)
+        size = self.layout.tokens
+        records = -(-low // size)
+        if records > self.records.shape[2]:
+            records = max(records, (expected - self.local) // size)
+            grown = self.layout.allocate(
+                batch, self.kv_heads, size * (records + records // 128 + _TILE_STEP), self.device
+            )
             grown[:, :, : self.records.shape[2]] = self.records
             self.records = grown
 
@@ -338,9 +363,9 @@ class DeviceTokens:
     def _slots(self, start: int, stop: int) -> Tensor:
         return self.init + torch.arange(start, max(start, stop), device=self.device) % self.ring
 
-    def _recent(self, row: int) -> tuple[Tensor, Tensor]:
-        """Keys and values behind the low-bit copy, in order: two ``[kv_heads, n, head_dim]``, copies."""
-        slots = self._slots(self.lows[row], self._places(self.counts[row]))
+    def _recent(self, row: int, start: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the ring from place `start` on, in order: two ``[kv_heads, n, head_dim]``, copies."""
+        slots = self._slots(start, self._places(self.counts[row]))
         return self.window_k[row].index_select(1, slots), self.window_v[row].index_select(1, slots)
 
     def _write_ring(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
@@ -440,23 +465,28 @@ class DeviceTokens:
             if k.shape[1]:
                 self._write_store(row, self._places(count), k, v)
                 moved += k.shape[1] * self.token_bytes
-            old_k, old_v = self._recent(row)
+            old_k, old_v = self._recent(row, self._held_from(self.lows[row]))
             recent.append((torch.cat([old_k, k], dim=1), torch.cat([old_v, v], dim=1)))
         if self._ring_for(columns) != self.ring:
             self._resize_ring(self._ring_for(columns))
         for row, (k, v) in enumerate(recent):
-            leaving = lows[row] - self.lows[row]
-            if leaving:
-                self._quantise(row, k[:, :leaving], v[:, :leaving])
-            self._write_ring(row, lows[row], k[:, leaving:], v[:, leaving:])
+            start, stop = self._held_from(self.lows[row]), self._held_from(lows[row])
+            if lows[row] > self.lows[row]:
+                leaving = lows[row] - start
+                self._quantise(row, start, k[:, :leaving], v[:, :leaving])
+            self._write_ring(row, stop, k[:, stop - start :], v[:, stop - start :])
         self.counts, self.lows = counts, lows
         return moved
 
-    def _quantise(self, row: int, keys: Tensor, values: Tensor) -> None:
-        """Append whole tiles to a row's low-bit copy."""
-        tile, count = constant(self.lows[row] // TILE, self.device), constant(keys.shape[1], self.device)
-        bits = (self.layout.key_bits, self.layout.value_bits)
-        quantise_tokens(keys[None], values[None], self.records[row : row + 1], tile, count, *bits)
+    def _quantise(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
+        """Write whole tiles to a row's low-bit copy, or to its blocks, from place `start` on, where a record begins."""
+        layout, records = self.layout, self.records[row : row + 1]
+        first, count = constant(start // layout.tokens, self.device), constant(keys.shape[1], self.device)
+        if isinstance(layout, BlockLayout):
+            how = (layout.tokens, layout.strategy, layout.count, layout.values)
+            summarise_blocks(keys[None], values[None], records, first, count, *how)
+        else:
+            quantise_tokens(keys[None], values[None], records, first, count, layout.key_bits, layout.value_bits)
 
     # Attention --------------------------------------------------------------------------------------------------------
 
@@ -494,7 +524,7 @@ class DeviceTokens:
         rows = []
         for row in range(len(self.lows)):
             first = min(self.counts[row], self.init)
-            k, v = self._recent(row)
+            k, v = self._recent(row, self.lows[row])
             k = torch.cat([self.window_k[row, :, :first], k], dim=1)[None]
             v = torch.cat([self.window_v[row, :, :first], v], dim=1)[None]
             rows.append(attention.block(row, k, v))
@@ -507,7 +537,7 @@ class DeviceTokens:
     def step(
         self, q: Tensor, k: Tensor, v: Tensor, scaling: float, plan: DevicePlan, shared: DeviceShared, columns: int,
         layers: int = 1,
-    ) -> Workspace:  # fmt: skip
+    ) -> Workspace | CoarseWorkspace:  # fmt: skip
         """Take in one token of every row and attend with it: no synchronisation with the host unless the store grows.
 
         Parameters
@@ -521,7 +551,7 @@ class DeviceTokens:
 
         Returns
         -------
-        Workspace
+        Workspace or CoarseWorkspace
             Its ``out`` is the result, until the next step overwrites it.
 
         Raises
@@ -531,10 +561,13 @@ class DeviceTokens:
         """
         hot = self._hot_set(plan)
         work, counters = self._prepare(q.shape[1], 1, plan, shared, columns, layers, hot)
-        decode_step(
-            work, q.contiguous(), k.contiguous(), v.contiguous(), self.window_k, self.window_v, self.on_device, self.records,
-            counters.total, counters.low, self.init, self.keeps, scaling, plan.beta(scaling), plan.ratio, plan.union, hot,
-        )  # fmt: skip
+        new = (q.contiguous(), k.contiguous(), v.contiguous())
+        state = (self.window_k, self.window_v, self.on_device, self.records, counters.total, counters.low)
+        beta = plan.beta(scaling)
+        if isinstance(work, CoarseWorkspace):
+            coarse_step(work, *new, *state, self.init, self.keeps, scaling, beta, plan.union)
+        else:
+            decode_step(work, *new, *state, self.init, self.keeps, scaling, beta, plan.ratio, plan.union, hot)
         self.counts, self.lows = self.after()
         return work
 
@@ -568,6 +601,7 @@ class DeviceTokens:
         """
         new = q.shape[2]
         work, counters = self._prepare(q.shape[1], new, plan, shared, columns, layers, None)
+        assert not isinstance(work, CoarseWorkspace)
         found = short_pass(
             work, q, k.contiguous(), v.contiguous(), self.window_k, self.window_v, self.on_device, self.records,
             counters.total, counters.low, self.init, self.keeps, scaling, plan.beta(scaling), plan.ratio, plan.union, watch,
@@ -577,7 +611,7 @@ class DeviceTokens:
 
     def _prepare(
         self, heads: int, new: int, plan: DevicePlan, shared: DeviceShared, columns: int, layers: int, hot: HotSet | None
-    ) -> tuple[Workspace, Counters]:  # fmt: skip
+    ) -> tuple[Workspace | CoarseWorkspace, Counters]:  # fmt: skip
         """Room for new tokens, the buffers to work in, and the device's numbers brought to where this layer stands."""
         self.settle()
         batch = len(self.counts)
@@ -607,14 +641,19 @@ class DeviceTokens:
         """Keep the first `counts` tokens of the rows, `columns` in all; what becomes recent again is read from the store."""
         lows = [min(low, self._low_for(count, columns)) for low, count in zip(self.lows, counts, strict=True)]
         places = [self._places(count) for count in counts]
-        stops = [min(low, place) for low, place in zip(self.lows, places, strict=True)]
-        if any(place - low + 1 > self.ring for place, low in zip(places, lows, strict=True)):
+        stops = [min(self._held_from(low), place) for low, place in zip(self.lows, places, strict=True)]
+        if any(place - self._held_from(low) + 1 > self.ring for place, low in zip(places, lows, strict=True)):
             self._resize_ring(self._ring_for(columns))
             stops = places
         for row, (low, stop) in enumerate(zip(lows, stops, strict=True)):
-            if low < stop:
-                kv = self.read_store(row, low, stop)
-                self._write_ring(row, low, kv[:, :, 0], kv[:, :, 1])
+            start = self._held_from(low)
+            if start < stop:
+                kv = self.read_store(row, start, stop)
+                self._write_ring(row, start, kv[:, :, 0], kv[:, :, 1])
+            if start < low < self.lows[row]:
+                # A block that has become short.
+                kv = self.read_store(row, start, low)
+                self._quantise(row, start, kv[:, :, 0], kv[:, :, 1])
         self.counts, self.lows = list(counts), lows
         if self.hot is not None:  # other tokens will take the places that are free now
             self.hot.clear()

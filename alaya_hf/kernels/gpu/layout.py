@@ -63,6 +63,15 @@ class Layout:
             )
 
     @property
+    def tokens(self) -> int:
+        """Tokens of a record."""
+        return TILE
+
+    def scored(self, tokens: int) -> int:
+        """Scores that a query head computes over so many tokens: one for each."""
+        return tokens
+
+    @property
     def padded(self) -> int:
         """Channels inside a record."""
         return -(-self.head_dim // 32) * 32
