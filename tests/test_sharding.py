@@ -79,7 +79,9 @@ def test_working_memory_is_that_of_the_tensors_made():
 
 def _devices(plan, name="model.layers."):
     """The device of every block."""
-    return [plan.device_map[f"{name}{idx}"] for idx in range(6)]
+    from alaya_hf.sharding import _Planner
+
+    return [_Planner._of(plan.device_map, f"{name}{idx}") for idx in range(6)]
 
 
 def test_the_map_leaves_room_for_the_cache():
