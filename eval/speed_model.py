@@ -38,6 +38,7 @@ ALAYA: dict[str, AlayaConfig] = {
     "alaya, cap 512, hot set": DEVICE.replace(query=DIPR(alpha=0.003, cap=512), hot_bytes=1 << 29),
     "alaya, 4-bit values": DEVICE.replace(residual={"kind": "low_bit", "key_bits": 4, "value_bits": 4}),
     "alaya, block means": DEVICE.replace(residual={"kind": "block_means", "block": 32}),
+    "alaya, host engine": DEVICE.replace(engine="host"),
     "alaya, 8-bit store": DEVICE.replace(store_dtype="int8"),
     "alaya, 8-bit store, compiled blocks": DEVICE.replace(store_dtype="int8", cuda_graphs="compile"),
 }
