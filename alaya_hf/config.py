@@ -448,8 +448,9 @@ class AlayaConfig:
     @staticmethod
     def presets() -> list[str]:
         """Names that :meth:`preset` knows."""
-        folder = resources.files("alaya_hf.configs")
-        return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+        entries = [entry for entry in resources.files("alaya_hf.configs").iterdir() if entry.name.endswith(".yaml")]
+        # Files of models, for the evaluation, lie beside them.
+        return sorted(e.name[:-5] for e in entries if "\nmodels:" not in "\n" + e.read_text(encoding="utf-8"))
 
     @classmethod
     def preset(cls, name: str) -> AlayaConfig:

@@ -30,8 +30,13 @@ _PLAIN = (bool, int, float, str, type(None))
 
 
 def _one_device(model: Any) -> bool:
-    """Whether Accelerate left the model on one device: a graph belongs to one."""
-    return len(set(getattr(model, "hf_device_map", {None: 0}).values())) == 1
+    """Whether Accelerate left the model on one device: a graph belongs to one.
+
+    Weights that are offloaded come to the device for a pass, each time elsewhere: their modules hold meta tensors in between.
+    """
+    if len(set(getattr(model, "hf_device_map", {None: 0}).values())) != 1:
+        return False
+    return not any(weight.is_meta for weight in model.parameters())
 
 
 @dataclass

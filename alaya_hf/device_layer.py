@@ -121,8 +121,8 @@ class DeviceLayer(AlayaLayer):
         # This layer's tokens lie elsewhere.
         self.window, self.store, self.is_initialized = None, None, False
         batch, kv_heads, _, head_dim = key_states.shape
-        # Triton's interpreter runs the kernels on a CPU, for tests.
-        if self.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton's interpreter runs the kernels on a CPU, for tests; a plan needs the sizes of buffers alone.
+        if self.device.type not in ("cuda", "meta") and os.environ.get("TRITON_INTERPRET") != "1":
             raise ConfigError(
                 f"engine='device' needs a model on a CUDA device, but its keys are on {self.device}. {ADVICE}"
             )

@@ -1,4 +1,4 @@
-"""``python -m eval``: speed, recall, fidelity, sparse prefill, legal tasks, ablations and reports."""
+"""``python -m eval``: speed, recall, fidelity, sparse prefill, legal tasks, ablations, studies and reports."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from eval.recall import recall
 from eval.reporting.command import report
 from eval.sparse_prefill import sparse_prefill
 from eval.speed import app as speed
+from eval.studies import app as study
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Evaluate alaya_hf.")
 app.command()(legal)
@@ -28,6 +29,7 @@ app.command()(fidelity)
 app.command()(calibrate_bsfa)
 app.command()(sparse_prefill)
 app.add_typer(speed, name="speed")
+app.add_typer(study, name="study")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

@@ -16,7 +16,7 @@ from alaya_hf.errors import AlayaError
 from eval.legal import TASKS, Source
 from eval.legal.sources import DataError
 from eval.legal.text import load_tokenizer
-from eval.legal_command import build_items, check_lengths, open_results, run_items, shard_of
+from eval.legal_command import build_items, check_lengths, finish, open_results, run_items, shard_of
 from eval.models import load
 from eval.running.store import Results, config_hash
 from eval.systems import System
@@ -128,6 +128,6 @@ def ablate(
     check_lengths(lengths, network.config, name)
     init, local = ablation["window"]
     run_items(network, tokenizer, name, work, systems, results, (init, local), "", rank, count)
-    # Every process, when it is through: the last one finds all rows.
+    finish(folder, rank)
+    # Every process, when it is through: the last one finds all rows, and the first one waits for the others.
     write_tidy(results, folder / "tidy.csv")
-    typer.echo(f"results: {folder}\nreport:  python -m eval report {folder}")

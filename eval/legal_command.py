@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -19,9 +20,11 @@ from eval.environment import hardware, versions
 from eval.legal import TASKS, Item, Source, Task, with_chat
 from eval.legal.sources import DataError, MissingData
 from eval.legal.text import load_tokenizer
-from eval.models import load
+from eval.models import ModelEntry, defaults_from_file, load, read_models
+from eval.parallel import gather_rows, launched
+from eval.random_model import SHAPES
 from eval.running.run import Runner
-from eval.running.store import Results, ResultsError, config_hash
+from eval.running.store import Results, ResultsError, config_hash, read
 from eval.systems import DEFAULT, PEERS, System, SystemUnavailable
 
 
@@ -164,7 +167,9 @@ def legal(
         ),
     ] = "alaya",
     chat: Annotated[bool, typer.Option(help="Put prompts into the model's chat template.")] = False,
-    device: Annotated[str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="Device of the model: cpu, cuda, cuda:1, ...; auto, with --config: all GPUs.")
+    ] = "cpu",
     answers: Annotated[
         str,
         typer.Option(
@@ -186,6 +191,19 @@ def legal(
     timing: Annotated[
         bool, typer.Option(help="Time one-token passes. Sharded runs, whose processes share a machine, never do.")
     ] = True,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="YAML with models and options, see configs/llama3_70b.yaml.",
+            is_eager=True,
+            callback=lambda context, value: defaults_from_file(legal)(context, value),
+        ),
+    ] = None,
+    random_weights: Annotated[
+        bool, typer.Option(help="With --config: the model's shape with random weights, for times and memory alone.")
+    ] = False,
+    shape: Annotated[str, typer.Option(help="With --random-weights: another shape.")] = "",
+    layers: Annotated[int, typer.Option(help="With --random-weights: only so many layers; 0: all.")] = 0,
 ) -> None:
     """Legal tasks over systems, lengths and models; run the same command again to go on after an interruption."""
     try:
@@ -200,25 +218,40 @@ def legal(
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
-        running, foreign, unavailable = choose_systems(_names(systems), (init, local), match, device)
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        running, foreign, unavailable = choose_systems(_names(systems), (init, local), match, kind)
     except AlayaError as error:
         raise typer.BadParameter(str(error)) from error
-    config = {
+    entries = _entries(config, _names(model), device, random_weights, shape)
+    made_with: dict[str, Any] = {
         "models": _names(model), "tasks": [task.name for task in chosen], "systems": _names(systems), "lengths": sizes,
         "items": items, "window": [init, local], "match": match, "chat": chat, "seed": seed,
         "max_new_tokens": max_new_tokens,
     }  # fmt: skip
+    if random_weights:
+        made_with |= {"random_weights": shape or True, "layers": layers}
     folder = (
-        output or Path("results") / f"legal-{'-'.join(Path(name).name for name in _names(model))}-{config_hash(config)}"
+        output
+        or Path("results") / f"legal-{'-'.join(Path(name).name for name in _names(model))}-{config_hash(made_with)}"
     )
-    results = open_results(folder, rank, count, config, seed)
+    results = open_results(folder, rank, count, made_with, seed)
     source = Source(data_dir)
     for name in _names(model):
+        entry = entries.get(name)
+        # Those who lack the weights lack their tokenizer as well.
+        words = name if entry is None else "smollm2" if random_weights else entry.pretrained
         try:
-            work, missing = build_items(chosen, sizes, source, load_tokenizer(name), items, seed, chat)
+            work, missing = build_items(chosen, sizes, source, load_tokenizer(words), items, seed, chat)
         except DataError as error:
             raise typer.BadParameter(str(error)) from error
-        network, tokenizer = load(name, device)
+        network, tokenizer = (
+            load(name, device)
+            if entry is None
+            else (
+                entry.random(device, layers) if random_weights else _loaded(entry, device, max(sizes)),
+                load_tokenizer(words),
+            )
+        )
         prefill = copy.deepcopy(network).to(prefill_device) if prefill_device else None
         check_lengths(sizes, network.config, name)
         if rank == 0:
@@ -228,8 +261,48 @@ def legal(
             _names(answers) or None,
         )  # fmt: skip
         if peers and foreign and rank == 0:
-            _run_peers(name, work, foreign, results, device)
-    typer.echo(f"results: {folder}\nreport:  python -m eval report {folder}")
+            _run_peers(name, work, foreign, results, kind)
+    finish(folder, rank)
+
+
+def _entries(
+    config: Path | None, names: list[str], device: str, random_weights: bool, shape: str
+) -> dict[str, ModelEntry]:
+    """The models of a file; what needs one is refused without."""
+    if config is None:
+        if device == "auto" or random_weights:
+            raise typer.BadParameter("--device auto and --random-weights need --config, a file that names the model")
+        return {}
+    entries = read_models(config, "legal")[0]
+    if shape:
+        entries = {name: replace(entry, shape=shape) for name, entry in entries.items()}
+    for name in names:
+        if random_weights and (name not in entries or entries[name].shape not in SHAPES):
+            raise typer.BadParameter(f"--random-weights: {config} gives no shape of {', '.join(SHAPES)} for {name!r}")
+    return entries
+
+
+def _loaded(entry: ModelEntry, device: str, context: int) -> Any:
+    try:
+        return entry.load(device, context)
+    except AlayaError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def finish(folder: Path, rank: int) -> None:
+    """Say where the results are; of several processes, the first one does, and reports, once all are through."""
+    if not launched():
+        typer.echo(f"results: {folder}\nreport:  python -m eval report {folder}")
+        return
+    gather_rows(folder)
+    if rank == 0:
+        typer.echo(f"results: {folder}, {sum(1 for _ in read(folder, 'rows'))} rows of all processes")
+        try:
+            from eval.reporting.command import write
+        except ImportError as error:
+            typer.echo(f"no report ({error}): python -m eval report {folder}")
+        else:
+            typer.echo(f"report:  {write(folder)}")
 
 
 def _note_skipped(

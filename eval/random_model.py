@@ -24,6 +24,17 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
+def shape_config(shape: str, dtype: torch.dtype, layers: int = 0) -> LlamaConfig:
+    """The configuration of a shape of :data:`SHAPES`, or of its first `layers` layers."""
+    settings = {"vocab_size": 128256, **SHAPES[shape]}
+    if layers:
+        settings["num_hidden_layers"] = layers
+    return LlamaConfig(
+        **settings, max_position_embeddings=1 << 21, rope_theta=500000.0, dtype=dtype, pad_token_id=0, bos_token_id=None,
+        eos_token_id=None,
+    )  # fmt: skip
+
+
 def random_model(shape: str, device: str, dtype: torch.dtype, layers: int = 0, seed: int = 0) -> Any:
     """A causal language model of this shape, in evaluation mode, its weights made on the device.
 
@@ -34,13 +45,7 @@ def random_model(shape: str, device: str, dtype: torch.dtype, layers: int = 0, s
     layers : int
         Only so many of its layers; 0: all.
     """
-    settings = {"vocab_size": 128256, **SHAPES[shape]}
-    if layers:
-        settings["num_hidden_layers"] = layers
-    config = LlamaConfig(
-        **settings, max_position_embeddings=1 << 21, rope_theta=500000.0, dtype=dtype, pad_token_id=0, bos_token_id=None,
-        eos_token_id=None,
-    )  # fmt: skip
+    config = shape_config(shape, dtype, layers)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     model = model.to_empty(device=device)

@@ -40,6 +40,7 @@ ALAYA: dict[str, AlayaConfig] = {
     "alaya, block means": DEVICE.replace(residual={"kind": "block_means", "block": 32}),
     # The tightest in device memory. InfLLM's blocks, fewer of them: each brings 128 tokens over the bus.
     "alaya, coarse": DEVICE.replace(query=TopK(512), index="coarse", residual="none"),
+    "alaya, host engine": DEVICE.replace(engine="host"),
     "alaya, 8-bit store": DEVICE.replace(store_dtype="int8"),
     "alaya, 8-bit store, compiled blocks": DEVICE.replace(store_dtype="int8", cuda_graphs="compile"),
 }

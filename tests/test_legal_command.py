@@ -163,3 +163,96 @@ def test_a_wrong_ablation_is_refused(run, tmp_path, text, message):
     result = run("ablate", path, "--output", run.folder)
     assert result.exit_code == 2 and message in run.text, result.output
     assert run.loaded == 0
+
+
+FILE = """
+models:
+  small: {pretrained: nowhere, shape: tiny, rope: {kind: yarn, factor: 4}}
+legal: {model: small, tasks: [words], lengths: [220], window: [4, 16], items: 3, systems: [full, alaya]}
+"""
+
+
+def test_a_file_names_models_and_options(run, tmp_path):
+    """The command line has the last word, and random weights need no files."""
+    path = tmp_path / "models.yaml"
+    path.write_text(FILE)
+    given = ["legal", "--config", path, "--no-peers", "--random-weights", "--items", 1, "--output", run.folder]
+    assert run(*given).exit_code == 0, run.text
+    assert sorted((row["model"], row["system"], row["item"]) for row in rows(run.folder)) == [
+        ("small", "alaya", "0/0"), ("small", "full", "0/0"),
+    ]  # fmt: skip
+    assert run.loaded == 0
+    made = json.loads((run.folder / "run.json").read_text())["config"]
+    assert made["random_weights"] and made["window"] == [4, 16] and made["items"] == 1
+
+
+@pytest.mark.parametrize(
+    "text, arguments, message",
+    [
+        ("legal: {}", [], "needs 'models'"),
+        ("models: {a: {shape: tiny}}", [], "expected 'pretrained'"),
+        ("models: {a: {pretrained: b, shape: huge}}", [], "shapes: llama-3-8b"),
+        ("models: {}\nlegal: {modle: a}", [], "unknown options ['modle']"),
+        ("models: {a: {pretrained: b}}\nlegal: {model: a, tasks: words}", ["--random-weights"], "no shape"),
+    ],
+)
+def test_a_wrong_file_is_refused(run, tmp_path, text, arguments, message):
+    path = tmp_path / "models.yaml"
+    path.write_text(text)
+    result = run("legal", "--config", path, "--output", run.folder, *arguments)
+    assert result.exit_code == 2 and message in run.text.replace(" │ │ ", " "), result.output
+    assert run("legal", "--device", "auto", "--output", run.folder).exit_code == 2
+
+
+def test_the_published_file(run):
+    """Its options are those of the command and its models extend what they are to."""
+    from pathlib import Path
+
+    from eval.models import read_models
+    from eval.random_model import SHAPES
+
+    path = Path(__file__).parents[1] / "configs" / "llama3_70b.yaml"
+    entries, options = read_models(path, "legal")
+    assert options["model"] in entries and all(entry.shape in SHAPES for entry in entries.values())
+    assert entries["llama-3-70b-8k"].rope["factor"] * 8192 >= max(options["lengths"])
+    chosen = [
+        "--random-weights",
+        "--shape",
+        "tiny",
+        "--device",
+        "cpu",
+        "--tasks",
+        "words",
+        "--items",
+        1,
+        "--lengths",
+        220,
+    ]
+    systems = ["--systems", "full,alaya", "--no-peers", "--window", "4,16", "--no-chat", "--output", run.folder]
+    assert run("legal", "--config", path, *chosen, *systems).exit_code == 0, run.text
+    assert {row["model"] for row in rows(run.folder)} == {"llama-3.3-70b"}
+
+
+def test_two_processes_share_the_work_and_the_first_one_reports(tmp_path):
+    """As `accelerate launch` starts them; a folder each, as on machines without a common disk."""
+    import os
+    import subprocess
+    import sys
+
+    from tests.test_parallel import _free_port
+
+    pytest.importorskip("jinja2")
+    port = _free_port()
+
+    def start(rank):
+        about = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **{name: str(value) for name, value in about.items()}}
+        command = [sys.executable, "-m", "tests.legal_process", str(tmp_path / str(rank))]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    outs = [process.communicate(timeout=300)[0] for process in [start(0), start(1)]]
+    assert "8 rows of all processes" in outs[0] and "report" in outs[0], outs
+    assert "results:" not in outs[1]
+    assert len(rows(tmp_path / "0")) == 8 and len(rows(tmp_path / "1")) == 4
+    assert len({(row["item"], row["system"]) for row in rows(tmp_path / "0")}) == 8
+    assert (tmp_path / "0" / "report.html").exists()

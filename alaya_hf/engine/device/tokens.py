@@ -35,6 +35,13 @@ _PACK_BLOCK = 16384  # tokens quantised at a time
 _TILE_STEP = 8  # records; the low-bit copy grows by 1/128 and this
 
 
+def store_capacity(places: int, held: int = 0, expected: int = 0) -> int:
+    """Places that a store of `held` grows to when it has to hold `places`, and `expected` as far as one knows."""
+    places = max(places, expected)
+    capacity = max(places + (_STORE_SLACK if places > _STORE_SLACK else 0), held + held // 2)
+    return -(-capacity // _STORE_STEP) * _STORE_STEP
+
+
 def _on_its_device(method: Callable[..., Any]) -> Callable[..., Any]:
     """Kernels start on the current device, and pinned memory is made for it: let that be the layer's."""
 
@@ -313,9 +320,7 @@ class DeviceTokens:
         """
         batch, capacity = len(self.counts), self.store.shape[2]
         if places > capacity:
-            places = max(places, expected)
-            capacity = max(places + (_STORE_SLACK if places > _STORE_SLACK else 0), capacity + capacity // 2)
-            capacity = -(-capacity // _STORE_STEP) * _STORE_STEP
+            capacity = store_capacity(places, capacity, expected)
             self._set_store(self._copied_store(batch, capacity, list(range(batch)), layers))
         size = self.layout.tokens
         records = -(-low // size)
@@ -326,6 +331,20 @@ class DeviceTokens:
             )
             grown[:, :, : self.records.shape[2]] = self.records
             self.records = grown
+
+    def make_room(self, columns: int) -> int:
+        """Make the device's buffers for rows of `columns` tokens, empty, and nothing on the host: for plans, on the meta device.
+
+        Returns
+        -------
+        int
+            Bytes of host memory that the store of such rows takes.
+        """
+        if self._ring_for(columns) != self.ring:
+            self._resize_ring(self._ring_for(columns))
+        self.reserve(0, self._low_for(columns, columns))
+        places = self._places(columns)
+        return len(self.counts) * (store_capacity(places) if places else 0) * self.token_bytes
 
     # Host memory to and fro: one copy per KV head, each contiguous on both sides, ordered by the stream -----------------
 

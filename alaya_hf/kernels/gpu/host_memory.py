@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
@@ -41,4 +43,19 @@ def device_view(tensor: Tensor, device: torch.device | str = "cuda") -> Tensor:
             f"expected contiguous host memory that is pinned or registered with CUDA, got a tensor of shape "
             f"{list(tensor.shape)} (pinned: {tensor.is_pinned()}); use pin_memory() or cudaHostRegister"
         )
+    device = torch.device(device)
+    # Some releases of torch ask CUDA for the device, which names the one that registered the memory, and copy to another.
+    first = tensor.view(-1)[:1]
+    if first.numel() and torch.as_tensor(_Interface(first), device=device).data_ptr() != first.data_ptr():
+        return _on_device(tensor, device)
     return torch.as_tensor(_Interface(tensor), device=device).view(tensor.dtype)
+
+
+def _on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same, told which device it is."""
+    size = tensor.numel() * tensor.element_size()
+    storage = torch._C._construct_storage_from_data_pointer(tensor.data_ptr(), device, size)
+    # The storage knows nothing of who owns the memory.
+    weakref.finalize(storage, _Interface, tensor).atexit = False
+    view = torch.empty(0, dtype=tensor.dtype, device=device)
+    return view.set_(storage, 0, tensor.shape, tensor.stride())
