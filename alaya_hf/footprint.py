@@ -21,6 +21,7 @@ from alaya_hf.cache import AlayaCache
 from alaya_hf.config import AlayaConfig
 from alaya_hf.device_layer import DeviceLayer
 from alaya_hf.engine.device.plan import device_plan
+from alaya_hf.engine.device.shared import DeviceShared
 from alaya_hf.errors import UnsupportedModelError
 from alaya_hf.handle import KVHandle
 from alaya_hf.kernels.gpu.store_format import StoreFormat
@@ -138,12 +139,11 @@ def _device_layer(layer: DeviceLayer, kv: Tensor, group: int, share: int) -> Lay
     assert tokens is not None
     host = tokens.make_room(context)
     from alaya_hf.kernels.gpu.hot_set import HotSet
-    from alaya_hf.kernels.gpu.step import Workspace
 
     budget = layer.config.hot_bytes // max(1, share)
     hot = HotSet.within(budget, batch, kv_heads, tokens.form, META) if budget and plan.cap else None
     slots = tokens.init + tokens.ring
-    work = Workspace(
+    work = DeviceShared().workspace(
         batch, kv_heads, group, tokens.layout, tokens.room, slots, plan.cap, META, tokens.dtype,
         None if hot is None else tokens.form,
     )  # fmt: skip

@@ -82,7 +82,7 @@ class MemoryPlan:
     disk_weights: int = 0
 
     def __str__(self) -> str:
-        rows = [("device", "blocks", "weights", "cache", "working", "needed", "available")]
+        rows: list[tuple[str, ...]] = [("device", "blocks", "weights", "cache", "working", "needed", "available")]
         for device, share in self.devices.items():
             sizes = (share.weights, share.cache, share.working, share.needed, share.available)
             rows.append((str(device), str(share.blocks), *(f"{size / GIB:.2f}" for size in sizes)))

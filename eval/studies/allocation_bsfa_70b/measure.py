@@ -162,7 +162,7 @@ class Bench:
         }
 
     def allocation(self, name: str, context: int, batch: int, documents: int, seed: int = 0) -> dict[str, Any]:
-        """An allocator of the whole shape's host memory, without the memory: documents of up to this length, so many at a time."""
+        """An allocator of the whole shape's host memory, without the memory: documents of up to this length, so many at once."""
         config, rng = self.whole, np.random.default_rng(seed)
         shape = KVShape(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
         lengths = rng.integers(max(1, context // 2), context + 1, documents).tolist()

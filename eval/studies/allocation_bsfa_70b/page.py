@@ -94,7 +94,8 @@ def page(rows: Sequence[dict[str, Any]], about: str) -> str:
         markdown(table(rows)),
         "**First token** is a prompt in chunks until its last logits, offloading as it goes; **device GB** the fullest "
         "device as planned for the whole shape, weights included (`alaya_hf.sharding`); **host GB** the offloaded "
-        "context; **fragmentation** 1 - largest free run / free bytes, mean over the trace; **calls per transfer** copies of a document from pool to pool.",
+        "context; **fragmentation** 1 - largest free run / free bytes, mean over the trace; **calls per "
+        "transfer** copies of a document from pool to pool.",
     ]
     missing = [
         {
