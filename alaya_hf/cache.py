@@ -171,7 +171,7 @@ class AlayaCache(Cache):
         ----------
         settings : AlayaConfig or str, optional
             The copy's settings. Those with another window or ``store_dtype`` copy the context; layers with
-            ``engine="device"`` always copy it.
+            ``engine="device"`` always copy it, but what lies in a stored context's file where they keep it as it is.
         """
         if settings is None:
             return deepcopy(self)
@@ -194,7 +194,9 @@ class AlayaCache(Cache):
             if isinstance(layer, AlayaLayer):
                 if isinstance(layer, DeviceLayer) or planned[idx].engine == "device":
                     forked = copy._new_layer(idx)
-                    if layer.is_initialized:
+                    if isinstance(layer, DeviceLayer):
+                        layer.copy_to(forked)
+                    elif layer.is_initialized:
                         forked.fill(*layer.contents(), layer._valid)
                 else:
                     forked = layer.with_config(planned[idx])

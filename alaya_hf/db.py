@@ -39,6 +39,8 @@ from alaya_hf.storage.db.folder import Folder
 from alaya_hf.storage.db.mapped import over
 from alaya_hf.storage.db.parts import Part, dump, write_parts
 from alaya_hf.storage.db.reader import Reader, SegmentGone, lost, refused
+from alaya_hf.storage.db.records import NAME as RECORDS
+from alaya_hf.storage.db.records import record_source, write_records
 from alaya_hf.storage.db.remote import RemoteStore
 from alaya_hf.storage.db.remote.tier import RemoteTier
 from alaya_hf.storage.db.vector_file import Source, VectorFile, file_bytes
@@ -302,7 +304,9 @@ class AlayaDB:
         Notes
         -----
         Opening reads file headers and each layer's window; the rest is read as queries ask for it. If only part of a stored
-        context matches, searches leave out the tokens behind it.
+        context matches, searches leave out the tokens behind it. With ``engine="device"`` all of the attached context is verified
+        and made readable for the device in the background, see :meth:`Session.attach`; it stays in memory until the last session
+        on it goes, whatever ``buffer_bytes`` says.
         """
         if (prompt is None) == (context is None):
             raise StoreError("create_session takes a prompt or a context, one of them.")
@@ -456,7 +460,9 @@ class AlayaDB:
         Notes
         -----
         Keys and values are stored in the precision of the session's store (``store_dtype``), its window too. Indexes and
-        low-bit copies are stored beside them as far as the session's settings ask for them.
+        low-bit copies are stored beside them as far as the session's settings ask for them; with ``engine="device"`` the low-bit
+        records that a later session of that engine brings to its device instead of quantising again. An 8-bit store is stored in
+        the model's precision, as it gives its vectors back.
         """
         if self.read_only:
             raise ReadOnlyStoreError(
@@ -545,10 +551,10 @@ class AlayaDB:
         with SegmentWriter(self._folder, new_id(), start, total - start, about) as writer:
             for number, layer in enumerate(layers):
                 with torch.no_grad():
-                    sources, parts = _layer_sources(layer, number, start, total)
+                    sources, about_layer = _layer_sources(layer, number, start, total)
                 if number == 0:
                     self._folder.check_room(file_bytes(sources) * len(layers))
-                writer.write(number, sources, {"parts": write_parts(parts)})
+                writer.write(number, sources, about_layer)
                 if progress is not None:
                     progress(number + 1, len(layers))
             return writer.publish()
@@ -688,15 +694,25 @@ class AlayaDB:
         return self._catalog.contexts(self.namespace)
 
 
-def _layer_sources(layer: Any, number: int, start: int, total: int) -> tuple[dict[str, Source], list[Part]]:
-    """What to write of one layer: tokens ``start`` to ``total`` and what is built on them."""
+def _device_sources(layer: DeviceLayer, start: int, total: int) -> tuple[dict[str, Source], dict[str, str]]:
+    """What to write of a layer of the device engine: vectors, and its low-bit records beside them."""
+    rows, records, form, tiles = layer.rows_to_store(start, total)
+    heads, _, _, head_dim = rows[0].shape
+    pieces = [piece[head].contiguous() for head in range(heads) for piece in rows]
+    sources = {"kv": Source(rows[0].dtype, (heads, total - start, 2, head_dim), pieces)}
+    about = {"parts": write_parts([])}
+    if tiles:
+        sources[RECORDS], about[RECORDS] = record_source(records), write_records(form, tiles)
+    return sources, about
+
+
+def _layer_sources(layer: Any, number: int, start: int, total: int) -> tuple[dict[str, Source], dict[str, str]]:
+    """What to write of one layer, and what its header says: tokens ``start`` to ``total`` and what is built on them."""
     if isinstance(layer, DeviceLayer):
-        keys, values = layer.contents()
-        kv = torch.stack([keys[0], values[0]], dim=2).to("cpu")
-        runs: list[tuple[Tensor, Piece | None]] = [(kv, None)]
-    else:
-        first, pieces, recent = layer.parts()
-        runs = [(first, None), *((piece.view, piece) for piece in pieces), (recent, None)]
+        return _device_sources(layer, start, total)
+    first, pieces, recent = layer.parts()
+    runs: list[tuple[Tensor, Piece | None]]
+    runs = [(first, None), *((piece.view, piece) for piece in pieces), (recent, None)]
     views: list[Tensor] = []
     parts: list[Part] = []
     tensors: dict[str, Tensor] = {}
@@ -723,7 +739,8 @@ def _layer_sources(layer: Any, number: int, start: int, total: int) -> tuple[dic
     heads, _, _, head_dim = views[0].shape
     kv_pieces = [view[head].contiguous() for head in range(heads) for view in views]
     sources = {"kv": Source(dtype, (heads, total - start, 2, head_dim), kv_pieces)}
-    return {**sources, **{name: Source.of(tensor) for name, tensor in tensors.items()}}, parts
+    beside = {name: Source.of(tensor) for name, tensor in tensors.items()}
+    return {**sources, **beside}, {"parts": write_parts(parts)}
 
 
 def _accelerated(segment: Segment, layer: AlayaLayer, number: int, name: str) -> tuple[list[Any], dict[str, Tensor]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +19,7 @@ from alaya_hf.compiled_blocks import compiled_blocks
 from alaya_hf.device_layer import DeviceLayer
 from alaya_hf.engine.device.shared import Counters
 from alaya_hf.probes import Probe
+from alaya_hf.storage.pinned import CAPTURING
 
 if TYPE_CHECKING:
     from alaya_hf.engine.device.tokens import DeviceTokens
@@ -101,10 +101,6 @@ class _Group:
         self.counters.bring_to(first.counts, first.lows, first.init, first.keeps, first.room)
 
 
-#: One capture at a time: what a second one does meanwhile could end up in the first.
-_LOCK = threading.Lock()
-
-
 @functools.lru_cache(maxsize=16)
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
@@ -113,7 +109,8 @@ def _capture_stream(device: torch.device) -> torch.cuda.Stream:
 @contextmanager
 def _captured(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
     """Capture what is done on `device`; whatever happens, stream and allocator are then as they were."""
-    with _LOCK, torch.cuda.device(device), warnings.catch_warnings():
+    # One capture at a time: what a second one does meanwhile could end up in the first.
+    with CAPTURING, torch.cuda.device(device), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*CUDA Graph is empty.*")
         before, pool = torch.cuda.current_stream(device), torch.cuda.graph_pool_handle()
         stream = _capture_stream(device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from copy import deepcopy
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,13 +13,17 @@ from alaya_hf.config import AlayaConfig
 from alaya_hf.engine.device.plan import ADVICE, device_plan
 from alaya_hf.engine.device.shared import DeviceShared
 from alaya_hf.errors import AlayaError, ConfigError, UnsupportedModelError
+from alaya_hf.kernels.gpu.block_layout import BlockLayout
 from alaya_hf.kernels.gpu.store_format import EIGHT_BIT, StoreFormat
 from alaya_hf.kernels.partial import Partial
 from alaya_hf.layer import AlayaLayer, ForwardState, _outside_inference_mode
 from alaya_hf.probes import Probe, StepRecord
 
 if TYPE_CHECKING:
+    from alaya_hf.engine.device.loader import Loader
     from alaya_hf.engine.device.tokens import Arrival, DeviceTokens
+    from alaya_hf.storage.db.reader import StoredLayer
+    from alaya_hf.storage.db.records import RecordFormat
 
 
 class DeviceLayer(AlayaLayer):
@@ -51,8 +56,9 @@ class DeviceLayer(AlayaLayer):
 
     Notes
     -----
-    Rows share nothing: reordering, selecting or repeating them and copies of the cache copy all of their tokens, in host
-    memory too, and wait for the device. Beam search over a long context is better served by ``engine="host"``.
+    Rows share nothing but what lies in a stored context's file: reordering, selecting or repeating them and copies of the cache
+    copy all of their other tokens, in host memory too, and wait for the device. Beam search over a long context that is not
+    stored is better served by ``engine="host"``.
     ``window.overflow`` and ``residual.skip`` are not used. In a pass of several tokens, what the low-bit copy held before it is
     estimated and all the rest is attended to exactly, the same for all of them; steps of one token would have moved the oldest
     64 of the window to the low-bit copy on the way, once for every 64 tokens. Such a pass neither reads nor fills the hot set.
@@ -198,11 +204,97 @@ class DeviceLayer(AlayaLayer):
 
     @_outside_inference_mode
     def with_config(self, config: AlayaConfig) -> AlayaLayer:
-        """A copy with another configuration and without the probe. Copies the whole context, under either engine."""
+        """A copy with another configuration and without the probe.
+
+        Another window, ``min_context``, ``store_dtype``, other bits or the other engine copy the whole context; otherwise what
+        lies in a stored context's file is shared.
+        """
         copy = DeviceLayer(config, self.layer_idx) if config.engine == "device" else AlayaLayer(config, self.layer_idx)
-        if self.tokens is not None:
-            copy.fill(*self.contents(), self._valid)
+        self.copy_to(copy)
         return copy
+
+    @_outside_inference_mode
+    def copy_to(self, empty: AlayaLayer) -> None:
+        """Give an empty layer what this one holds, see :meth:`with_config`."""
+        if self.tokens is None:
+            return
+        if isinstance(empty, DeviceLayer) and self._keeps_as(empty):
+            empty.dtype, empty.device, empty.is_initialized = self.dtype, self.device, True
+            empty.tokens, empty._columns = deepcopy(self.tokens), self._columns
+            empty._valid = None if self._valid is None else self._valid.clone()
+        else:
+            empty.fill(*self.contents(), self._valid)
+
+    def _keeps_as(self, other: DeviceLayer) -> bool:
+        """Whether another layer would keep the same tokens in the same way."""
+        mine, theirs = self.config, other.config
+        return (
+            (mine.window.init, mine.window.local, mine.min_context, mine.store_dtype)
+            == (theirs.window.init, theirs.window.local, theirs.min_context, theirs.store_dtype)
+        ) and (self.plan.key_bits, self.plan.value_bits) == (other.plan.key_bits, other.plan.value_bits)
+
+    # Stored contexts --------------------------------------------------------------------------------------------------
+
+    @_outside_inference_mode
+    def attach_stored(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device, loader: Loader) -> bool:
+        """Take a stored context into an empty layer; returns whether it is attended where it lies.
+
+        Its longest run of tokens that lie in one file stays there, its records come to the device from beside it. A context that
+        window and ring hold, one in another precision than the model's, and any context where ``store_dtype`` asks for 8 bits is
+        read and copied instead.
+
+        Parameters
+        ----------
+        stored : StoredLayer
+        dtype : torch.dtype
+            Of the model's keys and values.
+        device : torch.device
+        loader : Loader
+            Shared by the layers of the session, which ask it in their order.
+
+        Raises
+        ------
+        AlayaError
+            If the layer holds tokens.
+        CorruptStoreError
+        """
+        if self._columns:
+            raise AlayaError(f"layer {self.layer_idx} holds {self._columns} tokens already. Attach to an empty cache.")
+        empty = torch.empty(1, stored.kv_heads, 0, stored.head_dim, dtype=dtype, device=device)
+        self.lazy_initialization(empty, empty)
+        assert self.tokens is not None
+        if not self.tokens.can_attach(stored):
+            kv = stored.read(0, stored.tokens).to(device, dtype)
+            self.fill(kv[None, :, :, 0], kv[None, :, :, 1])
+            return False
+        self.tokens.attach(stored, loader)
+        self._columns = stored.tokens
+        return True
+
+    def rows_to_store(self, start: int, stop: int) -> tuple[list[Tensor], Tensor, RecordFormat, range]:
+        """What a database writes of a layer of one row without padding.
+
+        Returns
+        -------
+        rows : list of Tensor
+            Tokens ``start`` to ``stop``, ``[kv_heads, n, 2, head_dim]`` each on the host, in the model's dtype; views where they
+            lie there as they are.
+        records : Tensor ``[kv_heads, tiles, words]`` int32
+            The low-bit tiles whose last token is one of them, on the host.
+        format : RecordFormat
+        tiles : range
+        """
+        assert self.tokens is not None
+        form = self.tokens.record_format
+        if isinstance(self.tokens.layout, BlockLayout):  # built anew from the vectors
+            return (
+                self.tokens.host_rows(start, stop),
+                torch.empty(self.tokens.kv_heads, 0, 0, dtype=torch.int32),
+                form,
+                range(0),
+            )
+        tiles = form.tiles(start, stop)
+        return self.tokens.host_rows(start, stop), self.tokens.host_records(tiles), form, tiles
 
     def contents(self) -> tuple[Tensor, Tensor]:
         """Everything cached, in order: two ``[batch, kv_heads, tokens, head_dim]`` on the layer's device.

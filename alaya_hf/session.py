@@ -11,6 +11,7 @@ from torch import Tensor
 from alaya_hf.cache import AlayaCache
 from alaya_hf.config import AlayaConfig
 from alaya_hf.device_layer import DeviceLayer
+from alaya_hf.engine.device.loader import Loader
 from alaya_hf.errors import AlayaError, StoreError
 from alaya_hf.storage.db.catalog import Chain
 from alaya_hf.storage.db.reader import StoredLayer
@@ -179,18 +180,23 @@ class Session(AlayaCache):
 
         Notes
         -----
-        Reads each layer's window. With ``engine="device"`` a layer reads all of its context.
+        Reads each layer's window. With ``engine="device"`` the rest comes in the background, layer by layer: the vectors are
+        verified and their pages registered with the device, which reads them in place, and the low-bit records go to the device.
+        The first work on a layer waits for that layer alone, and raises CorruptStoreError where a block does not match its
+        checksum: no vector is attended to before it was verified. See :meth:`DeviceLayer.attach_stored` for what is
+        copied instead.
         """
         if layers:
             tokens = layers[0].tokens
             self.plan_for(torch.empty(1, 1, 1, 1, dtype=dtype, device=where[0]), tokens, tokens)
+        loader: Loader | None = None
         for number, (stored, device) in enumerate(zip(layers, where, strict=True)):
             if number == len(self.layers):
                 self.layers.append(self._new_layer(number))
             layer = self.layers[number]
             if isinstance(layer, DeviceLayer):
-                kv = stored.read(0, stored.tokens).to(device, dtype)
-                layer.fill(kv[None, :, :, 0], kv[None, :, :, 1])
+                loader = Loader() if loader is None else loader
+                layer.attach_stored(stored, dtype, torch.device(device), loader)
                 continue
             config = layer.config
             total, window = stored.tokens, config.window
@@ -204,5 +210,7 @@ class Session(AlayaCache):
             layer.attach(
                 stored.read(0, first), stored.read(last, total), stored.pieces(first, last), dtype, torch.device(device)
             )
+        if loader is not None:
+            loader.close()
         self._token_ids = ids
         self.chain = chain

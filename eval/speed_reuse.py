@@ -30,6 +30,7 @@ from alaya_hf.storage.db.mapped import over
 from eval.data import long_contracts
 from eval.environment import describe
 from eval.models import load
+from eval.random_model import SHAPES as RANDOM
 from eval.report import markdown, write_csv
 from eval.synthetic import synthetic_layer
 
@@ -256,10 +257,31 @@ def reuse(
     filter_tokens: Annotated[int, typer.Option(help="Context of the prefix filter's search.")] = 204800,
     filter_indexes: Annotated[str, typer.Option(help="Indexes of the prefix filter's search.")] = "flat,quantized",
     lookups: Annotated[int, typer.Option(help="Contexts in the catalog of the lookup.")] = 1000,
-    folder: Annotated[Path | None, typer.Option(help="Where the stores lie; a disk, not memory.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Where the stores lie; a disk, not memory.")] = None,
+    limit_gb: Annotated[float, typer.Option(help="Device engine: most GB of files at a time.")] = 40.0,
+    recompute: Annotated[int, typer.Option(help="Device engine: longest context to recompute.")] = 131072,
+    seconds: Annotated[float, typer.Option(help="Device engine: nothing new is begun after that.")] = 180.0,
+    layers: Annotated[int, typer.Option(help="Device engine: only so many of the model's layers; 0: all.")] = 0,
     output: Annotated[Path, typer.Option(help="Folder for tables and CSV.")] = Path("results/speed-reuse"),
 ) -> None:
-    """Time to first token on a stored context: recompute, load everything, attend in place; and what storing costs."""
+    """Time to first token on a stored context: recompute, load everything, attend in place; and what storing costs.
+
+    With ``--engine device`` (a shape of eval/random_model.py, ``--device cuda``): a context of synthetic keys and values from
+    host memory, from the page cache as after a restart, and from a cold file, each against loading all of it from there, and
+    against recomputing. The last one of ``--questions`` is asked.
+    """
+    if engine == "device":
+        from eval.speed_reuse_device import reuse_on_device, settings_of
+
+        shape = model.removesuffix("-shape")
+        if shape not in RANDOM:
+            raise typer.BadParameter(f"--engine device takes a shape ({', '.join(RANDOM)}), but got --model {model}")
+        lengths = [int(length) for length in contexts.split(",")]
+        reuse_on_device(
+            shape, lengths, int(questions.split(",")[-1]), settings_of(preset, store_dtype), device, repeats, store, limit_gb,
+            recompute, seconds, layers, output,
+        )  # fmt: skip
+        return
     network, tokenizer = _model(model, device)
     settings = AlayaConfig.preset(preset).replace(store_dtype=store_dtype, engine=engine)
     lengths = [int(length) for length in contexts.split(",")]
@@ -270,7 +292,7 @@ def reuse(
         real = torch.tensor([long_contracts(data_dir, tokenizer, read, 1)[0][1]])
     first: list[dict[str, Any]] = []
     stored: list[dict[str, Any]] = []
-    with torch.inference_mode(), Progress() as progress, tempfile.TemporaryDirectory(dir=folder) as place:
+    with torch.inference_mode(), Progress() as progress, tempfile.TemporaryDirectory(dir=store) as place:
         task = progress.add_task("reuse", total=len(lengths) * (1 + len(questions.split(","))))
         for length in lengths:
             ids = real.repeat(1, math.ceil(length / real.shape[1]))[:, :length]

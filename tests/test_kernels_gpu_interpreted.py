@@ -80,6 +80,11 @@ def test_case_gather_through_a_block_table(case, block):
 
 
 @inside
+def test_case_prefix(case):
+    cases.check_prefix(case)
+
+
+@inside
 def test_case_merge(case):
     cases.check_merge(case)
 

@@ -51,8 +51,8 @@ class Coarse(Index):
 
     With ``engine="device"`` blocks hold 16 to 512 tokens, a power of two, with at most 64 representatives; a step takes at most
     512 blocks per query head, and 16 where a ``DIPR`` has no cap. What stands for a block is kept in float16, representatives
-    (there always the keys with the largest norms) as their mean: at head dimension 128 and blocks of 128, 2 bytes per token and KV
-    head against 512 for keys and values.
+    (there always the keys with the largest norms) as their mean: at head dimension 128 and blocks of 128, 2 bytes per token
+    and KV head against 512 for keys and values.
     """
 
     block: int = 128

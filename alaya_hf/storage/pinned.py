@@ -28,6 +28,8 @@ FIRST = 64 << 20  # bytes; the first region, unless more is asked for
 MOST = memory.GIB  # bytes; how much more than what is asked for a region may hold
 _THREADS = 16  # more do not fault pages in faster
 _SLICE = 32 << 20
+#: Held while a CUDA graph is captured, and by threads that register or release memory: neither may meet the other.
+CAPTURING = threading.Lock()
 _PORTABLE_MAPPED = 1 | 2  # cudaHostRegister: known to every device, at the same address
 
 
@@ -73,8 +75,11 @@ def _touch(view: np.ndarray) -> None:
         list(threads.map(fill, starts))
 
 
-def _clear_cuda_error() -> None:
-    """A refused registration stays behind as the last error, which the next kernel launch would report as its own."""
+def clear_cuda_error() -> None:
+    """Forget CUDA's last error.
+
+    A refused registration stays behind as the last error, which the next kernel launch would report as its own.
+    """
     try:
         torch.ones(1, device="cuda")
     except RuntimeError:
@@ -116,7 +121,7 @@ class _Region:
                 # Before the memory goes, also where a pool is forgotten instead of trimmed.
                 weakref.finalize(self, _unregister, self.start).atexit = False
                 return
-            _clear_cuda_error()
+            clear_cuda_error()
             del whole
             self._owner = None
         # No registration of ordinary memory here: CUDA's own, twelve times slower to make.
@@ -328,7 +333,7 @@ class PinnedPool:
                 break
             except (OSError, RuntimeError) as error:
                 if self._cuda:
-                    _clear_cuda_error()
+                    clear_cuda_error()
                 failure = error
         else:
             raise self._error(size, "pinned memory", failure) from failure

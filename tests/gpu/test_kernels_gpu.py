@@ -96,6 +96,10 @@ def test_gather_through_a_block_table(case, block):
     cases.check_gather_blocks(case, block)
 
 
+def test_prefix(case):
+    cases.check_prefix(case)
+
+
 def test_merge(case):
     cases.check_merge(case)
 

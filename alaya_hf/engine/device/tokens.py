@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from alaya_hf.config import WindowConfig
+from alaya_hf.engine.device.loader import Loader, Needed
 from alaya_hf.engine.device.plan import DevicePlan
 from alaya_hf.engine.device.shared import Counters, DeviceShared, after_pass, constant
+from alaya_hf.engine.device.stored import StoredRun
 from alaya_hf.engine.device.stream import side_stream, stream_blocks, wait_for_copy
 from alaya_hf.engine.prefill import PrefillPass
 from alaya_hf.errors import AlayaError, NonFiniteError
@@ -21,12 +23,16 @@ from alaya_hf.kernels.gpu.coarse_step import CoarseWorkspace, coarse_step
 from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.kernels.gpu.hot_set import HotSet
 from alaya_hf.kernels.gpu.layout import TILE, Layout
+from alaya_hf.kernels.gpu.prefix import Prefix
 from alaya_hf.kernels.gpu.quantise import quantise_tokens
 from alaya_hf.kernels.gpu.short_pass import short_pass
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
 from alaya_hf.kernels.gpu.store_format import StoreFormat
 from alaya_hf.kernels.gpu.summarise import summarise_blocks
 from alaya_hf.kernels.partial import Partial, merge_into
+from alaya_hf.storage.db.reader import StoredLayer
+from alaya_hf.storage.db.records import RecordFormat, find_records, missing
+from alaya_hf.storage.db.registered import RegisteredFile
 from alaya_hf.storage.pinned import pinned_pool
 
 _STORE_STEP = 1024  # tokens; the store grows by half, rounded up to this
@@ -81,7 +87,8 @@ class DeviceTokens:
     The first `init` tokens of a row lie in the window's first slots. The others have places 0, 1, ... in the store. A row's
     first `low` places, whole tiles of 64, are in the low-bit copy; those behind them, ``local`` to ``local + 63``, lie in the
     window's ring too. How many are in the low-bit copy depends on the number of tokens alone, not on how they came in. A
-    context of up to `min_context` columns lies in the ring as a whole.
+    context of up to `min_context` columns lies in the ring as a whole. After :meth:`attach` a run of places stays in a
+    mapped file, and the store has the other places side by side.
 
     With blocks as the index, what stands for each takes the low-bit copy's place, and `low` counts the tokens in blocks. The
     last block may be short by whole tiles. Until it is full its tokens stay in the ring, where a step that takes a tile into it
@@ -117,6 +124,12 @@ class DeviceTokens:
         Made at the first step that can use one.
     counts, lows : list of int
         Tokens of each row, and its places in the low-bit copy.
+    stored : StoredRun or None
+        Places that lie in a file, shared by all rows.
+    lasts : list of int
+        Where each row's places in the file end: ``stored.last``, or earlier once it was cropped.
+    bounds : Tensor or None
+        ``[batch, 3]`` int64 on the device: the same for kernels, see :class:`~alaya_hf.kernels.gpu.prefix.Prefix`.
     """
 
     def __init__(
@@ -130,6 +143,9 @@ class DeviceTokens:
         self.init, self.local, self.min_context = window.init, window.local, min_context
         self.counts, self.lows = [0] * batch, [0] * batch
         self.slack = max(TILE, layout.tokens)
+        self.stored: StoredRun | None = None
+        self.lasts: list[int] = []
+        self.bounds: Tensor | None = None
         self.window_k, self.window_v = self._make_window(self._ring_for(0))
         self.records = layout.allocate(batch, kv_heads, TILE, device)
         # When the copies to the store will be done that the current stream does not know of.
@@ -142,6 +158,7 @@ class DeviceTokens:
         copy.__dict__.update(self.__dict__)
         copy.counts, copy.lows, copy.hot, copy._written = list(self.counts), list(self.lows), None, None
         with torch.inference_mode(False):  # what is made in inference mode could not be written to later
+            copy.lasts, copy.bounds = list(self.lasts), None if self.bounds is None else self.bounds.clone()
             copy.window_k, copy.window_v = self.window_k.clone(), self.window_v.clone()
             copy.records = self.records.clone()
             copy._set_store(self._copied_store(len(self.counts), self.store.shape[2], list(range(len(self.counts)))))
@@ -173,6 +190,17 @@ class DeviceTokens:
     def _places(self, count: int) -> int:
         return max(0, count - self.init)
 
+    def _own(self, row: int, places: int) -> int:
+        """How many of a row's first `places` places lie in the store; a place outside the file is this line of it."""
+        if self.stored is None:
+            return places
+        first, last = self.stored.first, self.lasts[row]
+        return places - (last - first) if places >= last else min(places, first)
+
+    def _lines(self, counts: list[int]) -> int:
+        """Room in the store that so many tokens of the rows need."""
+        return max(self._own(row, self._places(count)) for row, count in enumerate(counts))
+
     @property
     def rule(self) -> tuple[int, ...]:
         """What the numbers of a step depend on: layers with the same rule share counters."""
@@ -196,7 +224,8 @@ class DeviceTokens:
     @property
     def buffers(self) -> tuple[Any, ...]:
         """What a step reads and writes; a captured step is one over these very objects."""
-        return self.window_k, self.window_v, self.on_device, self.records, self.hot
+        view = None if self.stored is None else self.stored.view
+        return self.window_k, self.window_v, self.on_device, self.records, self.hot, view, self.bounds
 
     def after(self, tokens: int = 1) -> tuple[list[int], list[int]]:
         """`counts` and `lows` after so many more tokens."""
@@ -218,8 +247,10 @@ class DeviceTokens:
             return False
         if self.ring != self._ring_for(columns) or self.lows != [self._low_for(c, columns) for c in self.counts]:
             return False
+        if self.stored is not None and self.stored.view is None:
+            return False
         counts, lows = self.after(tokens)
-        return self._places(max(counts)) <= self.capacity and max(lows) <= self.room
+        return self._lines(counts) <= self.capacity and max(lows) <= self.room
 
     @property
     def window_bytes(self) -> int:
@@ -248,7 +279,7 @@ class DeviceTokens:
 
     @property
     def offloaded_bytes(self) -> int:
-        """Bytes of the exact tokens in host memory, room to grow not included."""
+        """Bytes of the exact tokens in host memory, mapped or pinned, room to grow not included."""
         return sum(self._places(count) for count in self.counts) * self.token_bytes
 
     # Memory -----------------------------------------------------------------------------------------------------------
@@ -287,12 +318,17 @@ class DeviceTokens:
         if any(self._places(self.counts[source]) for source in rows):
             self._wait()
         for row, source in enumerate(rows):
-            used = self._places(self.counts[source])
+            used = self._own(source, self._places(self.counts[source]))
             store[row, :, :used] = self.store[source, :, :used]
         return store
 
     def settle(self) -> None:
-        """Let the current stream wait for the copies to the store; everything that reads it comes after this."""
+        """Wait for what was attached, and let the current stream wait for the copies to the store.
+
+        Everything that reads store, file or low-bit copy comes after this.
+        """
+        if self.stored is not None:
+            self.stored.arrive(self.device)
         if self._written is not None:
             wait_for_copy(torch.cuda.current_stream(self.device), self._written)
             self._written = None
@@ -304,7 +340,7 @@ class DeviceTokens:
             torch.cuda.current_stream(self.device).synchronize()
 
     def reserve(self, places: int, low: int, layers: int = 1, expected: int = 0) -> None:
-        """Make room for `places` tokens in the store and `low` in the low-bit copy.
+        """Make room for `places` lines in the store and `low` in the low-bit copy.
 
         Parameters
         ----------
@@ -353,7 +389,7 @@ class DeviceTokens:
         for begin in range(0, keys.shape[1], _PACK_BLOCK):
             here = slice(begin, begin + _PACK_BLOCK)
             rows = self.form.pack(keys[:, here], values[:, here])
-            place = start + begin
+            place = self._own(row, start + begin)
             target = self.store[row, :, place : place + rows.shape[1]]
             if self.device.type != "cuda":
                 target.copy_(rows)
@@ -368,13 +404,32 @@ class DeviceTokens:
                 self._written = torch.cuda.Event()
                 self._written.record(side)
 
+    def _pieces(self, row: int, start: int, stop: int) -> list[Tensor]:
+        """Places of a row where they lie in host memory, in order: ``[kv_heads, n, *form.tail]`` each, views."""
+        if self.stored is None:
+            return [self.store[row, :, start:stop]] if start < stop else []
+        first, last = self.stored.first, self.lasts[row]
+        pieces = []
+        for begin, end in ((0, first), (first, last), (last, stop)):
+            begin, end = max(begin, start), min(end, stop)
+            if begin >= end:
+                continue
+            if first <= begin < last:
+                pieces.append(self.stored.places(begin, end))
+            else:
+                line = self._own(row, begin)
+                pieces.append(self.store[row, :, line : line + end - begin])
+        return pieces
+
     def read_store(self, row: int, start: int, stop: int) -> Tensor:
         """Places of a row on the device: ``[kv_heads, stop - start, 2, head_dim]`` in the model's dtype."""
         self.settle()
         shape = (self.kv_heads, max(0, stop - start), *self.form.tail)
-        rows = torch.empty(shape, dtype=self.form.dtype, device=self.device)
-        for target, source in zip(rows, self.store[row, :, start : start + shape[1]], strict=True):
-            target.copy_(source, non_blocking=True)
+        rows, at = torch.empty(shape, dtype=self.form.dtype, device=self.device), 0
+        for piece in self._pieces(row, start, stop):
+            for target, source in zip(rows[:, at : at + piece.shape[1]], piece, strict=True):
+                target.copy_(source, non_blocking=True)
+            at += piece.shape[1]
         return self.form.unpack(rows, self.dtype)
 
     # The ring ---------------------------------------------------------------------------------------------------------
@@ -463,11 +518,12 @@ class DeviceTokens:
         HostMemoryError
             Both before anything but room has changed.
         """
+        self.settle()
         new = arrival.rows
         counts = [count + k.shape[1] for count, (k, _) in zip(self.counts, new, strict=True)]
         lows = [self._low_for(count, columns) for count in counts]
         # Before the host waits for the device: memory is made meanwhile.
-        self.reserve(self._places(max(counts)), max(lows), layers, self._places(expected))
+        self.reserve(self._lines(counts), max(lows), layers, self._lines([expected] * len(counts)) if expected else 0)
         if not arrival.finite():
             raise NonFiniteError(
                 f"{max(k.shape[1] for k, _ in new)} new tokens have keys or values that are infinite or not a number, which "
@@ -500,12 +556,133 @@ class DeviceTokens:
     def _quantise(self, row: int, start: int, keys: Tensor, values: Tensor) -> None:
         """Write whole tiles to a row's low-bit copy, or to its blocks, from place `start` on, where a record begins."""
         layout, records = self.layout, self.records[row : row + 1]
+        if not isinstance(layout, BlockLayout):
+            self._quantise_at(row, start // TILE, keys, values, self.records)
+            return
         first, count = constant(start // layout.tokens, self.device), constant(keys.shape[1], self.device)
+        how = (layout.tokens, layout.strategy, layout.count, layout.values)
+        summarise_blocks(keys[None], values[None], records, first, count, *how)
+
+    def _quantise_at(self, row: int, tile: int, keys: Tensor, values: Tensor, records: Tensor) -> None:
+        layout = self.layout
+        assert not isinstance(layout, BlockLayout)
+        first, count = constant(tile, self.device), constant(keys.shape[1], self.device)
+        quantise_tokens(
+            keys[None], values[None], records[row : row + 1], first, count, layout.key_bits, layout.value_bits
+        )
+
+    # Stored contexts ---------------------------------------------------------------------------------------------------
+
+    @property
+    def record_format(self) -> RecordFormat:
+        """What the low-bit copy depends on besides the tokens."""
+        layout = self.layout
         if isinstance(layout, BlockLayout):
-            how = (layout.tokens, layout.strategy, layout.count, layout.values)
-            summarise_blocks(keys[None], values[None], records, first, count, *how)
-        else:
-            quantise_tokens(keys[None], values[None], records, first, count, layout.key_bits, layout.value_bits)
+            return RecordFormat(self.init, 0, 0, 0)
+        return RecordFormat(self.init, layout.key_bits, layout.value_bits, layout.record // 4)
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """The places in a file, for kernels."""
+        if self.stored is None:
+            return None
+        assert self.stored.view is not None and self.bounds is not None
+        return Prefix(self.stored.view, self.bounds)
+
+    def can_attach(self, layer: StoredLayer) -> bool:
+        """Whether :meth:`attach` serves: vectors as the store has them, more of them than window and ring hold."""
+        if isinstance(self.layout, BlockLayout):
+            return False
+        return not self.form.scaled and layer.dtype == self.form.dtype and self._low_for(layer.tokens, layer.tokens) > 0
+
+    @_on_its_device
+    def attach(self, layer: StoredLayer, loader: Loader) -> None:
+        """Take a stored context into empty tokens of one row, to be attended where it lies.
+
+        Parameters
+        ----------
+        layer : StoredLayer
+            In the store's dtype, which has no scales; longer than window and ring hold.
+        loader : Loader
+            Brings the records and makes the file readable; the first use of this layer waits for it.
+
+        Notes
+        -----
+        Reads the window's tokens, and copies to the store what lies in other files than the longest run. Tiles that were not
+        stored, or were for another window or other bits, are quantised now, which reads their vectors.
+        """
+        total, init = layer.tokens, self.init
+        low = self._low_for(total, total)
+        tiles = range(low // TILE)
+        runs = layer.files()
+        longest = max(runs, key=lambda run: run.stop - max(run.start, init))
+        registered = RegisteredFile.of(longest.file)
+        first, last = max(0, longest.start - init), longest.stop - init
+        if self._ring_for(total) != self.ring:
+            self._resize_ring(self._ring_for(total))
+        self.records = self.layout.allocate(
+            1, self.kv_heads, TILE * (len(tiles) + len(tiles) // 128 + _TILE_STEP), self.device
+        )
+        found = []
+        for run in runs:
+            within = self.record_format.tiles(run.start, run.stop)
+            within = range(within.start, min(within.stop, tiles.stop))
+            file = registered.file if run is longest else run.file
+            piece = find_records(file, self.record_format, within)
+            if piece is not None:
+                found.append(piece)
+        needed = Needed(registered, 0, longest.stop - longest.start)
+        arrival = loader.bring(needed, found, self.records[0], self.device)
+        self.stored = StoredRun(registered, first, last, init - longest.start, arrival)
+        self.lasts = [last]
+        self.bounds = self.stored.bounds(self.lasts).to(self.device)
+        self.reserve(self._lines([total]) + 1, 0)  # with room for what comes next: growing waits for the device
+        self.counts, self.lows = [total], [low]
+        for begin, end in ((init, longest.start), (longest.stop, total)):
+            if begin < end:
+                kv, line = layer.read(begin, end), self._own(0, begin - init)
+                self.store[0, :, line : line + end - begin] = kv
+        kv = layer.read(0, init).to(self.device)
+        self.window_k[0, :, :init], self.window_v[0, :, :init] = kv[:, :, 0], kv[:, :, 1]
+        kv = layer.read(init + low, total).to(self.device)
+        self._write_ring(0, low, kv[:, :, 0], kv[:, :, 1])
+        for gap in missing(tiles, found):
+            self.settle()
+            for tile in range(gap.start, gap.stop, _PACK_BLOCK // TILE):
+                stop = min(gap.stop, tile + _PACK_BLOCK // TILE)
+                kv = self.read_store(0, TILE * tile, TILE * stop)
+                self._quantise_at(0, tile, kv[:, :, 0], kv[:, :, 1], self.records)
+
+    @_on_its_device
+    def host_rows(self, start: int, stop: int) -> list[Tensor]:
+        """Tokens of the only row on the host, in order: ``[kv_heads, n, 2, head_dim]`` each, in the model's dtype.
+
+        Views of store and file where nothing has to be unpacked: valid while nothing changes.
+        """
+        self.settle()
+        self._wait()
+        pieces = []
+        if start < self.init:
+            first = slice(start, min(stop, self.init))
+            window = torch.stack([self.window_k[0, :, first], self.window_v[0, :, first]], dim=2)
+            pieces.append(window.to("cpu"))
+        rows = self._pieces(0, self._places(start), self._places(stop))
+        return pieces + [self.form.unpack(piece, self.dtype) for piece in rows]
+
+    @_on_its_device
+    def host_records(self, tiles: range) -> Tensor:
+        """Tiles of the only row on the host, ``[kv_heads, n, words]`` int32: those of the low-bit copy, and of the window."""
+        self.settle()
+        low = self.lows[0] // TILE
+        quantised = self.records[0, :, tiles.start : min(tiles.stop, low)]
+        begin = max(tiles.start, low)
+        if begin >= tiles.stop:
+            return quantised.to("cpu")
+        keys, values = self._recent(0, self.lows[0])
+        chosen = slice(TILE * (begin - low), TILE * (tiles.stop - low))
+        window = self.layout.allocate(1, self.kv_heads, TILE * (tiles.stop - begin), self.device)
+        self._quantise_at(0, 0, keys[:, chosen], values[:, chosen], window)
+        return torch.cat([quantised, window[0]], dim=1).to("cpu")
 
     # Attention --------------------------------------------------------------------------------------------------------
 
@@ -515,13 +692,16 @@ class DeviceTokens:
 
         The first block starts at once, while the device does something else.
         """
-        spans = [
-            (row, start, min(low, start + size)) for row, low in enumerate(self.lows) for start in range(0, low, size)
-        ]
         self.settle()
-        sources = [self.store[row, :, start:stop] for row, start, stop in spans]
-        moved = sum(stop - start for _, start, stop in spans) * self.token_bytes
-        return OffloadedBlocks([row for row, _, _ in spans], stream_blocks(sources, self.device), moved)
+        spans = [
+            (row, piece)
+            for row, low in enumerate(self.lows)
+            for start in range(0, low, size)
+            for piece in self._pieces(row, start, min(low, start + size))
+        ]
+        moved = sum(piece.shape[1] for _, piece in spans) * self.token_bytes
+        arriving = stream_blocks([piece for _, piece in spans], self.device)
+        return OffloadedBlocks([row for row, _ in spans], arriving, moved)
 
     @_on_its_device
     def attend(self, attention: PrefillPass, blocks: OffloadedBlocks) -> tuple[Partial, int]:
@@ -586,7 +766,9 @@ class DeviceTokens:
         if isinstance(work, CoarseWorkspace):
             coarse_step(work, *new, *state, self.init, self.keeps, scaling, beta, plan.union)
         else:
-            decode_step(work, *new, *state, self.init, self.keeps, scaling, beta, plan.ratio, plan.union, hot)
+            decode_step(
+                work, *new, *state, self.init, self.keeps, scaling, beta, plan.ratio, plan.union, hot, self.prefix
+            )
         self.counts, self.lows = self.after()
         return work
 
@@ -624,6 +806,7 @@ class DeviceTokens:
         found = short_pass(
             work, q, k.contiguous(), v.contiguous(), self.window_k, self.window_v, self.on_device, self.records,
             counters.total, counters.low, self.init, self.keeps, scaling, plan.beta(scaling), plan.ratio, plan.union, watch,
+            self.prefix,
         )  # fmt: skip
         self.counts, self.lows = self.after(new)
         return found
@@ -639,7 +822,7 @@ class DeviceTokens:
             nothing = torch.empty(batch, self.kv_heads, 0, self.layout.head_dim, dtype=self.dtype, device=self.device)
             self.append(self.arrive(nothing, nothing, None), columns)
         counts, lows = self.after(new)
-        self.reserve(max(1, self._places(max(counts))), max(lows), layers)
+        self.reserve(max(1, self._lines(counts)), max(lows), layers)
         work = shared.workspace(
             batch, self.kv_heads, heads // self.kv_heads, self.layout, self.room, self.init + self.ring, plan.cap,
             self.device, self.dtype, None if hot is None else self.form, new,
@@ -658,6 +841,7 @@ class DeviceTokens:
 
     def truncate(self, counts: list[int], columns: int) -> None:
         """Keep the first `counts` tokens of the rows, `columns` in all; what becomes recent again is read from the store."""
+        self.settle()
         lows = [min(low, self._low_for(count, columns)) for low, count in zip(self.lows, counts, strict=True)]
         places = [self._places(count) for count in counts]
         stops = [min(self._held_from(low), place) for low, place in zip(self.lows, places, strict=True)]
@@ -674,18 +858,26 @@ class DeviceTokens:
                 kv = self.read_store(row, start, low)
                 self._quantise(row, start, kv[:, :, 0], kv[:, :, 1])
         self.counts, self.lows = list(counts), lows
+        if self.stored is not None and self.bounds is not None:
+            # What comes after a place of the file goes to the store. In place: graphs stay valid.
+            first = self.stored.first
+            self.lasts = [max(first, min(last, place)) for last, place in zip(self.lasts, places, strict=True)]
+            self.bounds.copy_(self.stored.bounds(self.lasts))
         if self.hot is not None:  # other tokens will take the places that are free now
             self.hot.clear()
 
     def select(self, rows: list[int]) -> None:
-        """Row ``i`` becomes what row ``rows[i]`` was. Copies everything, in host memory too."""
+        """Row ``i`` becomes what row ``rows[i]`` was. Copies everything but what lies in a file, in host memory too."""
         if rows == list(range(len(self.counts))):
             return
+        self.settle()
         store = self._copied_store(len(rows), self.store.shape[2], rows)
         index = torch.tensor(rows, device=self.device)
         self.window_k, self.window_v = self.window_k.index_select(0, index), self.window_v.index_select(0, index)
         self.records = self.records.index_select(0, index)
         self.counts, self.lows = [self.counts[row] for row in rows], [self.lows[row] for row in rows]
+        if self.bounds is not None:
+            self.lasts, self.bounds = [self.lasts[row] for row in rows], self.bounds.index_select(0, index)
         self._set_store(store)
         if self.hot is not None and self.hot.batch == len(rows):
             self.hot.clear()
@@ -694,6 +886,7 @@ class DeviceTokens:
 
     def row(self, row: int) -> tuple[Tensor, Tensor]:
         """Everything held of a row, in order: two ``[kv_heads, tokens, head_dim]`` on the device, copies."""
+        self.settle()
         count = self.counts[row]
         first = slice(0, min(count, self.init))
         kv = self.read_store(row, 0, self._places(count))

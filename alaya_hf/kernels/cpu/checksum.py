@@ -65,6 +65,13 @@ def _compare(words, blocks, sums, same):
         same[i] = _xxh64(words, block * (BLOCK // 8), np.uint64(block)) == sums[block]
 
 
+@njit(cache=True, nogil=True, error_model="numpy")
+def _compare_alone(words, blocks, sums, same):
+    for i in range(blocks.size):
+        block = blocks[i]
+        same[i] = _xxh64(words, block * (BLOCK // 8), np.uint64(block)) == sums[block]
+
+
 def _words(data: np.ndarray) -> np.ndarray:
     if data.dtype != np.uint8 or data.ndim != 1 or data.size % BLOCK:
         raise ValueError(f"expected a flat uint8 array of whole {BLOCK}-byte blocks, got {data.dtype} {data.shape}")
@@ -104,10 +111,14 @@ def block_checksums(data: np.ndarray, first: int = 0) -> np.ndarray:
     return out
 
 
-def first_damaged(data: np.ndarray, blocks: np.ndarray, sums: np.ndarray) -> int:
-    """Number of the first of ``blocks`` (int64) whose bytes in ``data`` do not have the checksum in ``sums``, or -1."""
+def first_damaged(data: np.ndarray, blocks: np.ndarray, sums: np.ndarray, alone: bool = False) -> int:
+    """Number of the first of ``blocks`` (int64) whose bytes in ``data`` do not have the checksum in ``sums``, or -1.
+
+    With ``alone`` the calling thread does it all: threads of one's own may not start numba's, not every layer of which
+    bears two at a time.
+    """
     same = np.empty(blocks.size, np.bool_)
-    _compare(_words(data), blocks, sums, same)
+    (_compare_alone if alone else _compare)(_words(data), blocks, sums, same)
     return -1 if bool(same.all()) else int(blocks[int(np.argmin(same))])
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from alaya_hf.kernels.gpu.eight_bit import quantise
 from alaya_hf.kernels.gpu.layout import TILE
 from alaya_hf.kernels.gpu.op import check, next_power_of_2, operator
+from alaya_hf.kernels.gpu.prefix import locate
 from alaya_hf.kernels.gpu.quantise import quantise_tokens
 from alaya_hf.kernels.gpu.store_format import StoreFormat
 
@@ -57,8 +58,9 @@ def _collect(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _write(  # type: ignore[no-untyped-def]
-    k_new, v_new, win_k, win_v, store, scales, total, low, slots, ring, init, local, new, capacity, store_capacity,
+    k_new, v_new, win_k, win_v, store, scales, total, low, bounds, slots, ring, init, local, new, capacity, store_capacity,
     H: tl.constexpr, D: tl.constexpr, DP2: tl.constexpr, FORMAT: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr,
+    PREFIX: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -74,8 +76,13 @@ def _write(  # type: ignore[no-untyped-def]
     stays = (c < D) & ((place < 0) | (place >= begin))
     tl.store(win_k + (bh * slots + slot) * D + c, k, mask=stays)
     tl.store(win_v + (bh * slots + slot) * D + c, v, mask=stays)
-    here = bh * store_capacity + place
-    fits = (place >= 0) & (place < store_capacity)
+    line = place
+    fits = place >= 0
+    if PREFIX:
+        line, in_prefix, there = locate(bounds, bh // H, place)
+        fits = fits & (in_prefix == 0)
+    fits = fits & (line < store_capacity)
+    here = bh * store_capacity + line
     if FORMAT > 0:
         k_codes, k_scale = quantise(k.to(tl.float32), FORMAT)
         v_codes, v_scale = quantise(v.to(tl.float32), FORMAT)
@@ -120,7 +127,7 @@ def collect_leaving(
 @operator("write_tokens", mutates=["window_k", "window_v", "store"])
 def write_tokens(
     k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor, total: Tensor, low: Tensor, init: int, local: int,
-    capacity: int,
+    capacity: int, bounds: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write new tokens to the store, and to the window those that stay in it. Parameters as in :func:`append_tokens`."""
     batch, heads, slots, d = window_k.shape
@@ -129,14 +136,16 @@ def write_tokens(
     check(v, "v", (batch, heads, new, d))
     elements, scales = form.kernel_views(store)
     _write[(new, batch * heads)](
-        k, v, window_k, window_v, elements, scales, total, low, slots, slots - init, init, local, new, capacity, store.shape[2],
-        H=heads, D=d, DP2=next_power_of_2(d), FORMAT=form.code, ROW=form.row, SCALES=form.scale_place, num_warps=1,
+        k, v, window_k, window_v, elements, scales, total, low, total if bounds is None else bounds, slots, slots - init, init,
+        local, new, capacity, store.shape[2], H=heads, D=d, DP2=next_power_of_2(d), FORMAT=form.code, ROW=form.row,
+        SCALES=form.scale_place, PREFIX=bounds is not None, num_warps=1,
     )  # fmt: skip
 
 
 def append_tokens(
     k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor, records: Tensor, total: Tensor, low: Tensor,
     left_k: Tensor, left_v: Tensor, first_tile: Tensor, counts: Tensor, init: int, local: int, key_bits: int, value_bits: int,
+    bounds: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Take consecutive new tokens in, all rows alike, as one-token steps would one after the other.
 
@@ -152,6 +161,8 @@ def append_tokens(
         Working memory of :func:`collect_leaving`.
     local : int
         Recent tokens that the window keeps at least.
+    bounds : Tensor ``[batch, 3]`` int64, optional
+        Of a :class:`~alaya_hf.kernels.gpu.prefix.Prefix`: the store has the other places alone.
 
     Notes
     -----
@@ -162,7 +173,7 @@ def append_tokens(
         k, v, window_k, window_v, total, low, left_k, left_v, first_tile, counts, init, local, capacity
     )  # fmt: skip
     quantise_tokens(left_k, left_v, records, first_tile, counts, key_bits, value_bits)
-    write_tokens(k, v, window_k, window_v, store, total, low, init, local, capacity)
+    write_tokens(k, v, window_k, window_v, store, total, low, init, local, capacity, bounds)
 
 
 __all__ = ["append_tokens", "collect_leaving", "leaving_tiles", "write_tokens"]

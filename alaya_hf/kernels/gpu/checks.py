@@ -28,6 +28,7 @@ from alaya_hf.kernels.gpu import (
 )
 from alaya_hf.kernels.gpu.hot_set import HotSet
 from alaya_hf.kernels.gpu.layout import TILE, Layout
+from alaya_hf.kernels.gpu.prefix import Prefix
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
 from alaya_hf.kernels.gpu.store_format import StoreFormat
 
@@ -83,6 +84,25 @@ class Case:
                 self.k[row, :, places].cpu(), self.v[row, :, places].cpu()
             )
         return store
+
+    def split(self, store: Tensor) -> tuple[Tensor, Prefix]:
+        """A store, on the host, without a run of places that lies elsewhere, and that run; each row has its own."""
+        own, shape = torch.full_like(store, float("nan")), (self.h, 300 * self.b, *self.form.tail)
+        rows = torch.full(shape, float("nan"), dtype=store.dtype, pin_memory=self.device.type == "cuda")
+        if own.is_cuda or self.device.type == "cuda":
+            own = own.pin_memory()
+        bounds = []
+        for row, count in enumerate(self.counts):
+            held, at = count - self.init, 300 * row + 7
+            first = min(5, held)
+            last = min(first + 60 + 70 * row, held)
+            rows[:, at : at + last - first] = store[row, :, first:last]
+            own[row, :, :first], own[row, :, first : held - last + first] = (
+                store[row, :, :first],
+                store[row, :, last:held],
+            )
+            bounds.append([first, last, at - first])
+        return own, Prefix(self.on_device(rows), torch.tensor(bounds, device=self.device))
 
     def defined(self, rows: Tensor) -> Tensor:
         """The bytes of rows that mean something: padding may hold anything."""
@@ -340,6 +360,49 @@ def check_gather_blocks(case: Case, block: int, gap: int = 3) -> None:
     )
     torch.testing.assert_close(out, truth, atol=3e-3, rtol=2e-3)
     torch.testing.assert_close(lse, true_lse, atol=2e-3, rtol=1e-3)
+
+
+def check_prefix(case: Case) -> None:
+    """A store of which a run lies elsewhere answers as the whole one does, with a hot set and without; new tokens go behind."""
+    if case.form.scaled:
+        return
+    work = run_pass(case, run=lowbit.lowbit_pass_reference)
+    cut.cut_reference(work.tile_max, work.scores, work.best, work.ml, case.low, work.ids, work.counts, work.thresholds,
+                      work.limits, work.chosen, 0, work.parts, case.scaling, INF, 1.0)  # fmt: skip
+    whole = case.store()
+    own, prefix = case.split(whole)
+    selected = (case.q, work.ids, work.counts, work.thresholds, work.limits, work.scores, case.records)
+    how, parts = (0, case.scaling, *case.bits, True, False), work.gather_parts
+    plain_, found, reference, hot_found = (case.work() for _ in range(4))
+    for run, to, store, where in (
+        (gather.gather_attention, plain_, whole, (None, None)),
+        (gather.gather_attention, found, own, prefix),
+        (gather.gather_attention_reference, reference, own, prefix),
+    ):
+        run(case.on_device(store), *selected, to.acc, to.ml, to.fetched, *how, 1, *where)
+    hot = HotSet(case.b, case.h, 3, case.form, case.device)
+    for total in (case.total, case.total + 1):  # the second time some of it is hot
+        gather.gather_attention_hot(
+            case.on_device(own), *selected, hot_found.acc, hot_found.ml, hot_found.fetched, hot.rows, hot.tags, hot.stamps,
+            hot.claims, hot.counts, hot_found.staged, hot_found.missed, total, *how, *prefix,
+        )  # fmt: skip
+        hot_set.insert_hot(hot_found.staged, hot_found.missed, total, hot.rows, hot.tags, hot.stamps, hot.claims)
+        for mine, theirs in zip(case.merged(hot_found, 0, parts), case.merged(plain_, 0, parts), strict=True):
+            assert torch.equal(mine, theirs)
+    for mine, theirs, true in zip(*(case.merged(x, 0, parts) for x in (found, plain_, reference)), strict=True):
+        assert torch.equal(mine, theirs)
+        torch.testing.assert_close(mine, true, atol=3e-3, rtol=2e-3)
+    keys, values = case.window()
+    for run in (window.window_attention, window.window_attention_reference):
+        store = own.clone().pin_memory() if case.device.type == "cuda" else own.clone()
+        run(case.q, case.new_k, case.new_v, keys, values, case.on_device(store), case.total, case.low, work.best, work.acc,
+            work.ml, 0, case.init, case.scaling, prefix.bounds)  # fmt: skip
+        if case.device.type == "cuda":
+            torch.cuda.synchronize()
+        for row, (first, last, _) in enumerate(prefix.bounds.tolist()):
+            line = case.counts[row] - case.init - (last - first)
+            assert torch.equal(store[row, :, line], case.form.pack(case.new_k[row].cpu(), case.new_v[row].cpu()))
+            assert torch.equal(store[row, :, :line], own[row, :, :line])
 
 
 def check_merge(case: Case) -> None:
@@ -606,6 +669,7 @@ CHECKS: dict[str, Callable[[Case], None]] = {
     "append": lambda case: check_append(case, 24),
     "short pass": check_short_pass,
     "hot set": lambda case: check_hot_set(case, 3, 4),
+    "prefix": check_prefix,
 }
 """Every operator once, and a step of all of them."""
 

@@ -11,6 +11,7 @@ from alaya_hf.kernels.gpu.eight_bit import decode
 from alaya_hf.kernels.gpu.hot_set import WAYS, bid, look_up
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.op import LOG2E, check, next_power_of_2, operator
+from alaya_hf.kernels.gpu.prefix import Prefix, check_prefix, locate
 from alaya_hf.kernels.gpu.store_format import StoreFormat
 from alaya_hf.kernels.gpu.unpack import constants, load_values
 
@@ -28,12 +29,12 @@ def splits(group: int, cap: int) -> int:
 @triton.jit
 def _gather(  # type: ignore[no-untyped-def]
     store, scales, blocks, q_ptr, ids, counts, thresholds, limits, scores, words, halves, acc, ml, fetched,
-    hot, hot_scales, tags, stamps, claims, looked_up, staged, staged_scales, missed, total,
-    store_capacity, block_count, capacity, partials, slot0, factor, sets, positions,
+    hot, hot_scales, tags, stamps, claims, looked_up, staged, staged_scales, missed, total, prefix, bounds,
+    store_capacity, block_count, capacity, partials, slot0, factor, sets, positions, prefix_tokens,
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP2: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
     UNION: tl.constexpr, LOWBIT: tl.constexpr,
     FORMAT: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr, HOT: tl.constexpr, H: tl.constexpr, WAYS: tl.constexpr,
-    TABLE: tl.constexpr, PAGE: tl.constexpr,
+    TABLE: tl.constexpr, PAGE: tl.constexpr, PREFIX: tl.constexpr,
     PADDED: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_WORDS: tl.constexpr,
     VALUE_WORDS: tl.constexpr, KEY_PARAMS: tl.constexpr, VALUES: tl.constexpr, VALUE_PARAMS: tl.constexpr,
     RECORD: tl.constexpr,
@@ -89,8 +90,19 @@ def _gather(  # type: ignore[no-untyped-def]
             line = bh * store_capacity + token
             row_at = line * ROW
         over_bus = far[:, None] & (c < D)[None, :]
-        k = tl.load(store + row_at[:, None] + c[None, :], mask=over_bus, other=0)
-        v = tl.load(store + row_at[:, None] + D + c[None, :], mask=over_bus, other=0)
+        if PREFIX:
+            own, in_prefix, there_line = locate(bounds, bh // H, token)
+            row_at = (bh * store_capacity + own) * ROW
+            mine = over_bus & (in_prefix == 0)[:, None]
+            theirs = over_bus & in_prefix[:, None]
+            k = tl.load(store + row_at[:, None] + c[None, :], mask=mine, other=0)
+            v = tl.load(store + row_at[:, None] + D + c[None, :], mask=mine, other=0)
+            prefix_at = (bh % H * prefix_tokens + there_line) * ROW
+            k = tl.where(theirs, tl.load(prefix + prefix_at[:, None] + c[None, :], mask=theirs, other=0), k)
+            v = tl.where(theirs, tl.load(prefix + prefix_at[:, None] + D + c[None, :], mask=theirs, other=0), v)
+        else:
+            k = tl.load(store + row_at[:, None] + c[None, :], mask=over_bus, other=0)
+            v = tl.load(store + row_at[:, None] + D + c[None, :], mask=over_bus, other=0)
         if FORMAT > 0:
             k_scale = tl.load(scales + line * (ROW // 4) + SCALES, mask=far, other=0.0)
             v_scale = tl.load(scales + line * (ROW // 4) + SCALES + 1, mask=far, other=0.0)
@@ -145,6 +157,7 @@ def _launch(
     store: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor, records: Tensor,
     acc: Tensor, ml: Tensor, fetched: Tensor, hot: tuple[Tensor, ...] | None, slot0: int, scaling: float, key_bits: int,
     value_bits: int, union: bool, replace: bool, positions: int = 1, blocks: Tensor | None = None, block_tokens: int = 0,
+    prefix: Tensor | None = None, bounds: Tensor | None = None,
 ) -> None:  # fmt: skip
     batch, heads, rows, cap = ids.shape
     group = rows // positions
@@ -154,6 +167,7 @@ def _launch(
     layout = Layout(d, key_bits, value_bits)
     form = StoreFormat.of(store, d) if blocks is None else StoreFormat(d, store.dtype)
     check(fetched, "fetched", (batch, heads, positions * splits(group, cap)), torch.int32)
+    check_prefix(prefix, bounds, form, batch, heads)
     elements, scales = form.kernel_views(store)
     # Without a hot set, anything will do for its pointers.
     places: tuple[Tensor, ...] = (ids,) * 10
@@ -168,11 +182,13 @@ def _launch(
     _gather[(splits(group, cap), batch * heads * positions)](
         elements, scales, ids if blocks is None else blocks, q, ids, counts, thresholds, limits, scores, records,
         records.view(torch.float16), acc, ml, fetched,
-        *places, store.shape[2] if blocks is None else 0, 0 if blocks is None else blocks.shape[1], records.shape[2],
+        *places, elements if prefix is None else prefix, ids if bounds is None else bounds,
+        store.shape[2] if blocks is None else 0, 0 if blocks is None else blocks.shape[1], records.shape[2],
         acc.shape[3], slot0, scaling * LOG2E, 1 if hot is None else hot[1].shape[2], positions,
+        0 if prefix is None else prefix.shape[1],
         G=group, GP=max(16, next_power_of_2(group)), D=d, DP2=next_power_of_2(d), CAP=cap, BLOCK=block(cap),
         UNION=union, LOWBIT=replace, FORMAT=form.code, ROW=form.row, SCALES=form.scale_place, HOT=hot is not None, H=heads,
-        WAYS=WAYS, TABLE=blocks is not None, PAGE=block_tokens, **constants(layout), num_warps=4,
+        WAYS=WAYS, TABLE=blocks is not None, PAGE=block_tokens, PREFIX=prefix is not None, **constants(layout), num_warps=4,
     )  # fmt: skip
 
 
@@ -180,7 +196,7 @@ def _launch(
 def gather_attention(
     store: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor, records: Tensor,
     acc: Tensor, ml: Tensor, fetched: Tensor, slot0: int, scaling: float, key_bits: int, value_bits: int,
-    union: bool, replace: bool, positions: int = 1,
+    union: bool, replace: bool, positions: int = 1, prefix: Tensor | None = None, bounds: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attend to the selected tokens, and take their approximate terms out of the low-bit pass's sums.
 
@@ -202,17 +218,19 @@ def gather_attention(
     positions : int
         Positions of the pass, which share nothing: where other shapes say group, there are the query heads of each position
         side by side. ``splits`` is of one position's group.
+    prefix, bounds : Tensor, optional
+        See :class:`~alaya_hf.kernels.gpu.prefix.Prefix`: a run of places is read from there instead, and `store` has the others.
     """
     _launch(
         store, q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, None, slot0, scaling, key_bits,
-        value_bits, union, replace, positions,
+        value_bits, union, replace, positions, prefix=prefix, bounds=bounds,
     )  # fmt: skip
 
 
 def gather_attention_reference(
     store: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor, records: Tensor,
     acc: Tensor, ml: Tensor, fetched: Tensor, slot0: int, scaling: float, key_bits: int, value_bits: int,
-    union: bool, replace: bool, positions: int = 1,
+    union: bool, replace: bool, positions: int = 1, prefix: Tensor | None = None, bounds: Tensor | None = None,
 ) -> None:  # fmt: skip
     """:func:`gather_attention` in plain torch, float32: one partial, the others empty."""
     batch, heads, group, cap = ids.shape
@@ -222,7 +240,7 @@ def gather_attention_reference(
         for i, (of_ids, count, threshold, limit, score, sums, weight, reads) in enumerate(zip(*parts, strict=True)):
             gather_attention_reference(
                 store, queries[:, :, i].flatten(1, 2), of_ids, count, threshold, limit, score, records, sums, weight, reads,
-                slot0, scaling, key_bits, value_bits, union, replace,
+                slot0, scaling, key_bits, value_bits, union, replace, 1, prefix, bounds,
             )  # fmt: skip
         return
     d, n = q.shape[2], scores.shape[3]
@@ -235,6 +253,9 @@ def gather_attention_reference(
     mask = listed.expand(-1, -1, group, -1) if union else listed & chosen
     fetched.zero_()
     fetched[..., 0] = listed.sum((2, 3))
+    if prefix is not None and bounds is not None:
+        both = Prefix(prefix, bounds)
+        store = torch.stack([both.place_rows(row, store[row], n) for row in range(batch)])
     some = min(n, store.shape[2])
     kv = torch.zeros(batch, heads, n, 2, d, device=q.device)
     kv[:, :, :some] = StoreFormat.of(store, d).unpack(store[:, :, :some].to(q.device))
@@ -261,7 +282,7 @@ def gather_attention_hot(
     store: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor, records: Tensor,
     acc: Tensor, ml: Tensor, fetched: Tensor, rows: Tensor, tags: Tensor, stamps: Tensor, claims: Tensor, looked_up: Tensor,
     staged: Tensor, missed: Tensor, total: Tensor, slot0: int, scaling: float, key_bits: int, value_bits: int,
-    union: bool, replace: bool,
+    union: bool, replace: bool, prefix: Tensor | None = None, bounds: Tensor | None = None,
 ) -> None:  # fmt: skip
     """:func:`gather_attention` with a hot set: the same result, over the bus only what is not in it.
 
@@ -282,7 +303,7 @@ def gather_attention_hot(
     hot = (rows, tags, stamps, claims, looked_up, staged, missed, total)
     _launch(
         store, q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, hot, slot0, scaling, key_bits,
-        value_bits, union, replace,
+        value_bits, union, replace, prefix=prefix, bounds=bounds,
     )  # fmt: skip
 
 
@@ -290,9 +311,12 @@ def gather_attention_hot_reference(
     store: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor, records: Tensor,
     acc: Tensor, ml: Tensor, fetched: Tensor, rows: Tensor, tags: Tensor, stamps: Tensor, claims: Tensor, looked_up: Tensor,
     staged: Tensor, missed: Tensor, total: Tensor, slot0: int, scaling: float, key_bits: int, value_bits: int,
-    union: bool, replace: bool,
+    union: bool, replace: bool, prefix: Tensor | None = None, bounds: Tensor | None = None,
 ) -> None:  # fmt: skip
     """:func:`gather_attention_hot` in plain torch; what was missed is staged in ascending order."""
+    if prefix is not None and bounds is not None:
+        both, n = Prefix(prefix, bounds), scores.shape[3]
+        store = torch.stack([both.place_rows(row, store[row], n) for row in range(len(store))])
     known, sets = store.clone(), tags.shape[2]
     missed.fill_(-1)
     for row, head in [(row, head) for row in range(ids.shape[0]) for head in range(ids.shape[1])]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from alaya_hf.kernels.gpu import cut as cut_
 from alaya_hf.kernels.gpu import gather, lowbit, merge
 from alaya_hf.kernels.gpu.append import append_tokens
+from alaya_hf.kernels.gpu.prefix import Prefix
 from alaya_hf.kernels.gpu.step import Workspace
 from alaya_hf.kernels.gpu.window_rows import window_rows_attention
 
@@ -38,7 +39,7 @@ def positions_at_a_time(batch: int, heads: int, tokens: int, new: int) -> int:
 def short_pass(
     work: Workspace, q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor, records: Tensor,
     total: Tensor, low: Tensor, init: int, local: int, scaling: float, beta: float, ratio: float = 1.0, union: bool = True,
-    watch: Callable[[Workspace, int], None] | None = None,
+    watch: Callable[[Workspace, int], None] | None = None, prefix: Prefix | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend with several new tokens, each as :func:`~alaya_hf.kernels.gpu.step.decode_step` would, then append them.
 
@@ -55,6 +56,8 @@ def short_pass(
         See :func:`~alaya_hf.kernels.gpu.step.decode_step`.
     watch : callable, optional
         Called with the buffers and the first position after each share of the positions.
+    prefix : Prefix, optional
+        Places whose rows lie elsewhere than in `store`.
 
     Returns
     -------
@@ -80,7 +83,8 @@ def short_pass(
         part = work if count == work.positions else work.first(count)
         rows = by_position[:, :, start : start + count].reshape(batch, -1, d).contiguous()
         _attend(
-            part, rows, k, v, window_k, window_v, store, records, total, low, init, start, scaling, beta, ratio, union, bits
+            part, rows, k, v, window_k, window_v, store, records, total, low, init, start, scaling, beta, ratio, union, bits,
+            prefix,
         )  # fmt: skip
         here = slice(start, start + count)
         out[:, :, :, here] = part.out.view(batch, kv_heads, count, work.group, d).transpose(2, 3)
@@ -89,7 +93,7 @@ def short_pass(
             watch(part, start)
     append_tokens(
         k, v, window_k, window_v, store, records, total, low, work.left_k, work.left_v, work.first_tile, work.leaving, init,
-        local, *bits,
+        local, *bits, None if prefix is None else prefix.bounds,
     )  # fmt: skip
     return out.view(batch, heads, new, d), lse.view(batch, heads, new)
 
@@ -97,7 +101,7 @@ def short_pass(
 def _attend(
     work: Workspace, q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor, records: Tensor,
     total: Tensor, low: Tensor, init: int, first: int, scaling: float, beta: float, ratio: float, union: bool,
-    bits: tuple[int, int],
+    bits: tuple[int, int], prefix: Prefix | None,
 ) -> None:  # fmt: skip
     """One share of the positions: ``work.out`` and ``work.lse``."""
     positions, main = work.positions, torch.cuda.current_stream(q.device) if work.side is not None else None
@@ -126,5 +130,6 @@ def _attend(
     gather.gather_attention(
         store, q, work.ids, work.counts, work.thresholds, work.limits, work.scores, records, work.acc, work.ml, work.fetched,
         work.window_parts + work.parts, scaling, *bits, union, True, positions,
+        *((None, None) if prefix is None else prefix),
     )  # fmt: skip
     merge.merge_partials(work.acc, work.ml, work.out, work.lse, work.best)

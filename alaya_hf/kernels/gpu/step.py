@@ -15,6 +15,7 @@ from alaya_hf.kernels.gpu.append import leaving_tiles
 from alaya_hf.kernels.gpu.hot_set import HotSet, insert_hot
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.op import next_power_of_2
+from alaya_hf.kernels.gpu.prefix import Prefix
 from alaya_hf.kernels.gpu.store_format import StoreFormat
 
 
@@ -116,7 +117,7 @@ def _front(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 def decode_step(
     work: Workspace, q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor, records: Tensor,
     total: Tensor, low: Tensor, init: int, local: int, scaling: float, beta: float, ratio: float = 1.0, union: bool = True,
-    hot: HotSet | None = None,
+    hot: HotSet | None = None, prefix: Prefix | None = None,
 ) -> Tensor:  # fmt: skip
     """Append a token and attend: window exactly, selected tokens exactly, all others from the low-bit copy.
 
@@ -138,6 +139,8 @@ def decode_step(
         See :func:`~alaya_hf.kernels.gpu.gather.gather_attention`.
     hot : HotSet, optional
         Of this layer; the workspace has to have its buffers.
+    prefix : Prefix, optional
+        Places whose rows lie elsewhere than in `store`.
 
     Returns
     -------
@@ -150,8 +153,9 @@ def decode_step(
 
     def at_the_window() -> None:
         window.window_attention(
-            q, k, v, window_k, window_v, store, total, low, work.best, work.acc, work.ml, 0, init, scaling
-        )
+            q, k, v, window_k, window_v, store, total, low, work.best, work.acc, work.ml, 0, init, scaling,
+            None if prefix is None else prefix.bounds,
+        )  # fmt: skip
         quantise.extend_lowbit(window_k, window_v, records, total, low, init, local, *bits)
 
     # A record that is extended now is read from the next step on: window and pass do not touch each other.
@@ -173,8 +177,9 @@ def decode_step(
     )  # fmt: skip
     selected = (store, q, work.ids, work.counts, work.thresholds, work.limits, work.scores, records)
     to, how = (work.acc, work.ml, work.fetched), (after_window, scaling, *bits, union, True)
+    where = (None, None) if prefix is None else prefix
     if hot is None:
-        gather.gather_attention(*selected, *to, *how)
+        gather.gather_attention(*selected, *to, *how, 1, *where)
     else:
         gather.gather_attention_hot(
             *selected,
@@ -188,6 +193,7 @@ def decode_step(
             work.missed,
             total,
             *how,
+            *where,
         )
     merge.merge_partials(work.acc, work.ml, work.out, work.lse, work.best)
     if hot is not None and work.cap:

@@ -10,6 +10,7 @@ from torch import Tensor
 from alaya_hf.kernels.gpu.eight_bit import quantise
 from alaya_hf.kernels.gpu.layout import TILE
 from alaya_hf.kernels.gpu.op import LOG2E, check, next_power_of_2, operator
+from alaya_hf.kernels.gpu.prefix import Prefix, locate
 from alaya_hf.kernels.gpu.store_format import StoreFormat
 
 BLOCK = 64  # window slots of one program
@@ -22,10 +23,10 @@ def splits(slots: int) -> int:
 
 @triton.jit
 def _window(  # type: ignore[no-untyped-def]
-    q_ptr, k_new, v_new, win_k, win_v, store, scales, total, low, best, acc, ml,
+    q_ptr, k_new, v_new, win_k, win_v, store, scales, total, low, best, acc, ml, bounds,
     slots, ring, init, store_capacity, partials, slot0, factor,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP2: tl.constexpr, BLOCK: tl.constexpr,
-    STORE: tl.constexpr, FORMAT: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr,
+    STORE: tl.constexpr, FORMAT: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr, PREFIX: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -72,8 +73,13 @@ def _window(  # type: ignore[no-untyped-def]
         tl.store(win_k + (bh * slots + new_slot) * D + c, kn, mask=c < D)
         tl.store(win_v + (bh * slots + new_slot) * D + c, vn, mask=c < D)
         if STORE:
-            here = bh * store_capacity + newest
-            room = (newest >= 0) & (newest < store_capacity)
+            line = newest
+            room = newest >= 0
+            if PREFIX:
+                line, in_prefix, there = locate(bounds, b, newest)
+                room = room & (in_prefix == 0)
+            room = room & (line < store_capacity)
+            here = bh * store_capacity + line
             fits = (c < D) & room
             if FORMAT > 0:
                 k_codes, k_scale = quantise(kn.to(tl.float32), FORMAT)
@@ -90,7 +96,7 @@ def _window(  # type: ignore[no-untyped-def]
 @operator("window_attention", mutates=["window_k", "window_v", "store", "best", "acc", "ml"])
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor | None, total: Tensor, low: Tensor,
-    best: Tensor, acc: Tensor, ml: Tensor, slot0: int, init: int, scaling: float,
+    best: Tensor, acc: Tensor, ml: Tensor, slot0: int, init: int, scaling: float, bounds: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Append a token to the window and to the store, and attend to the window with it.
 
@@ -115,6 +121,8 @@ def window_attention(
     acc, ml : Tensor ``[batch, kv_heads, group, partials, head_dim]`` and ``[..., 2]`` float32
         Partials ``slot0 ... slot0 + splits(slots)`` are written: weighted sums of values, and the base-2 exponent they
         are relative to with the sum of weights.
+    bounds : Tensor ``[batch, 3]`` int64, optional
+        Of a :class:`~alaya_hf.kernels.gpu.prefix.Prefix`: the store has the other places alone.
     """
     batch, heads, slots, d = window_k.shape
     group = q.shape[1] // heads
@@ -127,16 +135,17 @@ def window_attention(
     elements, scales = form.kernel_views(window_k if store is None else store)
     check(acc, "acc", (batch, heads, group, None, d), torch.float32)
     _window[(splits(slots), batch * heads)](
-        q, k, v, window_k, window_v, elements, scales, total, low, best, acc, ml,
+        q, k, v, window_k, window_v, elements, scales, total, low, best, acc, ml, total if bounds is None else bounds,
         slots, slots - init, init, 0 if store is None else store.shape[2], acc.shape[3], slot0, scaling * LOG2E,
         H=heads, G=group, GP=max(16, next_power_of_2(group)), D=d, DP2=next_power_of_2(d), BLOCK=BLOCK,
-        STORE=store is not None, FORMAT=form.code, ROW=form.row, SCALES=form.scale_place, num_warps=4,
+        STORE=store is not None, FORMAT=form.code, ROW=form.row, SCALES=form.scale_place,
+        PREFIX=bounds is not None, num_warps=4,
     )  # fmt: skip
 
 
 def window_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor | None, total: Tensor, low: Tensor,
-    best: Tensor, acc: Tensor, ml: Tensor, slot0: int, init: int, scaling: float,
+    best: Tensor, acc: Tensor, ml: Tensor, slot0: int, init: int, scaling: float, bounds: Tensor | None = None,
 ) -> None:  # fmt: skip
     """:func:`window_attention` in plain torch: one partial, the others empty."""
     batch, heads, slots, d = window_k.shape
@@ -146,9 +155,13 @@ def window_attention_reference(
         p, begin = int(total[row]), int(low[row])
         slot = p if p < init else init + (p - init) % ring
         window_k[row, :, slot], window_v[row, :, slot] = k[row], v[row]
-        if store is not None and 0 <= p - init < store.shape[2]:
+        line, mine = p - init, True
+        if bounds is not None:
+            lines, own = Prefix(window_k, bounds).own_lines(row, torch.tensor(p - init))
+            line, mine = int(lines), bool(own)
+        if store is not None and mine and p >= init and line < store.shape[2]:
             rows = StoreFormat.of(store, d).pack(k[row], v[row])
-            store[row, :, p - init] = rows.to(store.device)
+            store[row, :, line] = rows.to(store.device)
         held = list(range(min(init, p + 1))) + [init + x % ring for x in range(begin, p + 1 - init)]
         keys, values = window_k[row][:, held].float(), window_v[row][:, held].float()
         s = q[row].view(heads, -1, d).float() @ keys.transpose(1, 2)

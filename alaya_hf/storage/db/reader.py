@@ -47,6 +47,15 @@ class _Run:
         return MappedSegment(self.file, first, first + stop - start).read()
 
 
+@dataclass(frozen=True)
+class FileRun:
+    """Tokens ``start`` to ``stop`` of a context, which are the first ones of a file."""
+
+    start: int
+    stop: int
+    file: VectorFile
+
+
 def lost(error: OSError) -> bool:
     """Whether a file is not there or not one of ours, rather than this process unable to open it."""
     return error.errno in _LOST
@@ -85,6 +94,16 @@ class StoredLayer:
         if not parts:
             return torch.empty(self.kv_heads, 0, 2, self.head_dim, dtype=self.dtype)
         return torch.cat(parts, dim=1)
+
+    def files(self) -> list[FileRun]:
+        """The files that the prefix lies in, in order."""
+        found: list[FileRun] = []
+        for run in self._runs:
+            if found and found[-1].file is run.file:
+                found[-1] = FileRun(found[-1].start, run.stop, run.file)
+            else:
+                found.append(FileRun(run.start, run.stop, run.file))
+        return found
 
     def settled(self, most: int) -> int:
         """Where the last indexed run ends, if at most ``most`` tokens follow it; else -1."""

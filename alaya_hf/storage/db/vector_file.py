@@ -236,6 +236,10 @@ class VectorFile:
         The mapped file; tensors keep it alive.
     offset : int
         Byte where the tensors begin, a multiple of the page size.
+    identity : tuple of int
+        Device and inode.
+    digest : bytes
+        Of the checksums: files of one identity and digest hold the same bytes.
 
     Raises
     ------
@@ -259,6 +263,7 @@ class VectorFile:
         fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
         try:
             state = os.fstat(fd)
+            self.identity, self.digest = (state.st_dev, state.st_ino), expected.checksums
             if not stat.S_ISREG(state.st_mode) or state.st_size != expected.nbytes or expected.nbytes < 2 * BLOCK:
                 raise self._damaged(f"the file {name} has {state.st_size:,} bytes instead of {expected.nbytes:,}")
             # Read, not mapped: a file that is cut short meanwhile is an error then, and not a signal.
@@ -332,6 +337,16 @@ class VectorFile:
             warnings.filterwarnings("ignore", message=".*not writable.*")
             return torch.from_numpy(data).view(dtype).view(shape)
 
+    @property
+    def address(self) -> int:
+        """Where the tensors begin in this process's memory, at a page."""
+        return self._base
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the tensors, whole pages."""
+        return self._data.size
+
     def prefetch(self, name: str) -> None:
         """Ask the system to read a tensor ahead."""
         start, size = self._places.get(name, (0, 0))
@@ -339,6 +354,13 @@ class VectorFile:
             start += self.offset - self._base
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             self.map.madvise(mmap.MADV_WILLNEED, page, start + size - page)
+
+    def verify(self, blocks: np.ndarray, kind: str) -> None:
+        """:meth:`check_blocks` for threads of one's own; asks the system to read blocks that lie side by side ahead."""
+        together = blocks.size and int(blocks[-1]) - int(blocks[0]) + 1 == blocks.size
+        if together and not self._verified[blocks].all():
+            self.map.madvise(mmap.MADV_WILLNEED, self.offset + int(blocks[0]) * BLOCK, blocks.size * BLOCK)
+        self.check_blocks(blocks, kind, alone=True)
 
     def check(self, name: str, kind: str = "index") -> None:
         """Verify a whole tensor, once.
@@ -362,8 +384,18 @@ class VectorFile:
         elif self._buffers is not None or not (self._verified[first].all() and self._verified[last].all()):
             self.check_blocks(np.unique(np.concatenate([first, last])), kind)
 
-    def check_blocks(self, blocks: np.ndarray, kind: str) -> None:
-        """Verify blocks by number (int64, ascending), those that were not verified before."""
+    def blocks_of(self, name: str, start: int = 0, size: int | None = None) -> np.ndarray:
+        """Numbers of the blocks that a byte range of a tensor lies in, for :meth:`check_blocks`."""
+        at, nbytes = self._places[name]
+        first = at - self._base + start
+        last = first + (nbytes - start if size is None else size)
+        return np.arange(first // BLOCK, -(-last // BLOCK)) if last > first else np.empty(0, np.int64)
+
+    def check_blocks(self, blocks: np.ndarray, kind: str, alone: bool = False) -> None:
+        """Verify blocks by number (int64, ascending), those that were not verified before.
+
+        With ``alone`` in the calling thread, which may be any, and without the buffer manager: for pages that stay.
+        """
         if not blocks.size:
             return
         if self._tracked and self.map.size() != self._nbytes:
@@ -373,11 +405,11 @@ class VectorFile:
                 if digest(self._checksums.data.cast("B")) != self._expected:
                     raise self._damaged("the checksums are not the ones that were stored")
                 self._sums = self._checksums
-        if self._buffers is not None:
+        if self._buffers is not None and not alone:
             self._buffers.touch(self, kind, np.unique((blocks * BLOCK + self.offset) // FRAME).tolist())
         new = blocks[~self._verified[blocks]]
         if new.size:
-            bad = first_damaged(self._data, new, self._sums)
+            bad = first_damaged(self._data, new, self._sums, alone)
             if bad >= 0:
                 at = self.offset + bad * BLOCK
                 raise self._damaged(f"bytes {at:,} to {at + BLOCK:,} do not match their checksum")
