@@ -253,7 +253,7 @@ def check_short_pass(
     for x, y in zip(layer.contents(), twin.contents(), strict=True):
         assert torch.equal(x, y)
     assert torch.equal(layer.contents()[0], k) and torch.equal(layer.contents()[1], v)
-    for x, y in zip(mine._recent(0), theirs._recent(0), strict=True):
+    for x, y in zip(mine._recent(0, mine.lows[0]), theirs._recent(0, theirs.lows[0]), strict=True):
         assert torch.equal(x, y)
     tiles = max(mine.lows) // 64
     for x, y in zip(*(each.layout.unpack(each.records[:, :, :tiles]) for each in (mine, theirs)), strict=True):
