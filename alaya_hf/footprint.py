@@ -24,6 +24,7 @@ from alaya_hf.engine.device.plan import device_plan
 from alaya_hf.engine.device.shared import DeviceShared
 from alaya_hf.errors import UnsupportedModelError
 from alaya_hf.handle import KVHandle
+from alaya_hf.kernels.gpu.block_layout import BlockLayout
 from alaya_hf.kernels.gpu.store_format import StoreFormat
 from alaya_hf.kernels.partial import Partial, merge, merge_into
 from alaya_hf.layer import AlayaLayer
@@ -41,13 +42,14 @@ class LayerFootprint:
     Attributes
     ----------
     device : int
-        On the layer's device: window, low-bit copy, hot set.
+        On the layer's device: window, low-bit copy or what stands for blocks, hot set.
     growth : int
         More while its low-bit copy grows, when the old one and the new one are both there; one layer at a time.
     host : int
         In host memory: the store (pinned with ``engine="device"``), and the host engine's indexes.
     workspace : dict of tuple to int
-        Buffers of a decode step by what they are made for: layers of one device share those with the same key.
+        Buffers of a step, and of a pass of a few tokens, by what they are made for: layers of one device share those with the
+        same key.
     """
 
     device: int
@@ -142,14 +144,16 @@ def _device_layer(layer: DeviceLayer, kv: Tensor, group: int, share: int) -> Lay
 
     budget = layer.config.hot_bytes // max(1, share)
     hot = HotSet.within(budget, batch, kv_heads, tokens.form, META) if budget and plan.cap else None
-    slots = tokens.init + tokens.ring
-    work = DeviceShared().workspace(
-        batch, kv_heads, group, tokens.layout, tokens.room, slots, plan.cap, META, tokens.dtype,
-        None if hot is None else tokens.form,
-    )  # fmt: skip
-    key = (tokens.layout, slots, plan.cap, tokens.room, hot is not None)
-    held = tokens.window_bytes + tokens.lowbit_bytes + (0 if hot is None else hot.nbytes)
-    return LayerFootprint(held, tokens.lowbit_bytes, block_bytes(host) if host else 0, {key: work.nbytes})
+    slots, works = tokens.init + tokens.ring, {}
+    # A step of one token; unless blocks are the index, also the longest pass that retrieves.
+    for new in {1, 1 if isinstance(tokens.layout, BlockLayout) else layer.config.max_sparse_queries}:
+        form = None if hot is None or new > 1 else tokens.form
+        sizes = (batch, kv_heads, group, tokens.layout, tokens.room, slots, plan.cap, META, tokens.dtype, form, new)
+        key = (*sizes[3:10], new)
+        works[key] = DeviceShared().workspace(*sizes).nbytes
+    copies = tokens.lowbit_bytes + tokens.index_bytes
+    held = tokens.window_bytes + copies + (0 if hot is None else hot.nbytes)
+    return LayerFootprint(held, copies, block_bytes(host) if host else 0, works)
 
 
 def _host_bytes(config: AlayaConfig, head_dim: int, dtype: torch.dtype) -> float:
