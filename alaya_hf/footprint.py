@@ -41,9 +41,9 @@ class LayerFootprint:
     Attributes
     ----------
     device : int
-        On the layer's device: window, low-bit copy, hot set.
+        On the layer's device: window, low-bit copy or what stands for blocks, hot set.
     growth : int
-        More while its low-bit copy grows, when the old one and the new one are both there; one layer at a time.
+        More while its low-bit copy or that grows, when the old one and the new one are both there; one layer at a time.
     host : int
         In host memory: the store (pinned with ``engine="device"``), and the host engine's indexes.
     workspace : dict of tuple to int
@@ -148,8 +148,9 @@ def _device_layer(layer: DeviceLayer, kv: Tensor, group: int, share: int) -> Lay
         None if hot is None else tokens.form,
     )  # fmt: skip
     key = (tokens.layout, slots, plan.cap, tokens.room, hot is not None)
-    held = tokens.window_bytes + tokens.lowbit_bytes + (0 if hot is None else hot.nbytes)
-    return LayerFootprint(held, tokens.lowbit_bytes, block_bytes(host) if host else 0, {key: work.nbytes})
+    grows = tokens.lowbit_bytes + tokens.index_bytes
+    held = tokens.window_bytes + grows + (0 if hot is None else hot.nbytes)
+    return LayerFootprint(held, grows, block_bytes(host) if host else 0, {key: work.nbytes})
 
 
 def _host_bytes(config: AlayaConfig, head_dim: int, dtype: torch.dtype) -> float:

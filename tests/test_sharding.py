@@ -34,7 +34,15 @@ def test_in_interpreter():
 
 @inside
 @pytest.mark.parametrize(
-    "changes", [{}, {"min_context": 500}, {"store_dtype": "int8"}, {"hot_bytes": 1 << 20}], ids=str
+    "changes",
+    [
+        {},
+        {"min_context": 500},
+        {"store_dtype": "int8"},
+        {"hot_bytes": 1 << 20},
+        {"index": "coarse", "residual": "none"},
+    ],
+    ids=str,
 )
 def test_case_a_filled_cache_takes_what_was_planned(changes):
     """All at once, as after a prefill in one pass, then one step for workspace and hot set."""
@@ -47,7 +55,8 @@ def test_case_a_filled_cache_takes_what_was_planned(changes):
         model(ids[:, :-1], past_key_values=cache)
         model(ids[:, -1:], past_key_values=cache)
     for layer, footprint in zip(cache.alaya_layers, planned, strict=True):
-        assert layer.window_bytes + layer.lowbit_bytes + layer.hot_bytes == footprint.device
+        held = layer.window_bytes + layer.lowbit_bytes + layer.index_bytes + layer.hot_bytes
+        assert held == footprint.device
         assert layer.tokens.store.numel() * layer.tokens.store.element_size() <= footprint.host
         assert list(footprint.workspace.values()) == [cache.stats()["workspace_bytes"]]
 
