@@ -321,7 +321,7 @@ class AlayaCache(Cache):
                 [
                     {
                         "device_bytes": layer.window_bytes
-                        + (layer.lowbit_bytes if isinstance(layer, DeviceLayer) else 0),
+                        + (layer.lowbit_bytes + layer.index_bytes if isinstance(layer, DeviceLayer) else 0),
                         "host_bytes": layer.offloaded_bytes
                         + (0 if isinstance(layer, DeviceLayer) else layer.lowbit_bytes + layer.index_bytes),
                         **_measured(layer),

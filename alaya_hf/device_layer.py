@@ -206,8 +206,8 @@ class DeviceLayer(AlayaLayer):
     def with_config(self, config: AlayaConfig) -> AlayaLayer:
         """A copy with another configuration and without the probe.
 
-        Another window, ``min_context``, ``store_dtype``, other bits or the other engine copy the whole context; otherwise what
-        lies in a stored context's file is shared.
+        Another window, ``min_context``, ``store_dtype``, other bits or blocks or the other engine copy the whole context;
+        otherwise what lies in a stored context's file is shared.
         """
         copy = DeviceLayer(config, self.layer_idx) if config.engine == "device" else AlayaLayer(config, self.layer_idx)
         self.copy_to(copy)
@@ -231,7 +231,7 @@ class DeviceLayer(AlayaLayer):
         return (
             (mine.window.init, mine.window.local, mine.min_context, mine.store_dtype)
             == (theirs.window.init, theirs.window.local, theirs.min_context, theirs.store_dtype)
-        ) and (self.plan.key_bits, self.plan.value_bits) == (other.plan.key_bits, other.plan.value_bits)
+        ) and self.plan.layout(16) == other.plan.layout(16)
 
     # Stored contexts --------------------------------------------------------------------------------------------------
 

@@ -44,7 +44,7 @@ class LayerFootprint:
     device : int
         On the layer's device: window, low-bit copy or what stands for blocks, hot set.
     growth : int
-        More while its low-bit copy grows, when the old one and the new one are both there; one layer at a time.
+        More while its low-bit copy or that grows, when the old one and the new one are both there; one layer at a time.
     host : int
         In host memory: the store (pinned with ``engine="device"``), and the host engine's indexes.
     workspace : dict of tuple to int

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from alaya_hf import DIPR, AlayaConfig, LowBit, Quantized, Recovery, WindowConfig
+from alaya_hf import DIPR, AlayaConfig, LowBit, Quantized, Recovery, TopK, WindowConfig
 from alaya_hf.cli import app
 from alaya_hf.device_layer import DeviceLayer
 from alaya_hf.errors import ConfigError
@@ -60,6 +60,38 @@ def test_bounds_of_the_device_engine(
     share = positions_at_a_time(batch, 8, tokens.room, new)
     held = sum(Workspace(*sizes, *several).nbytes for several in {(1, 1), (new, share)})
     assert held <= workspace_bytes(plan, SHAPE, context, batch, new)
+
+
+@settings(max_examples=20)
+@given(
+    block=st.sampled_from([16, 128, 512]), strategy=st.sampled_from(["mean", "bounds", "representatives"]),
+    k=st.sampled_from([0, 100, 2048]), local=st.sampled_from([16, 512]), whole=st.sampled_from([0, 2048]),
+    context=st.integers(1, 30_000), batch=st.integers(1, 3),
+)  # fmt: skip
+def test_bounds_of_blocks_on_the_device(
+    block: int, strategy: str, k: int, local: int, whole: int, context: int, batch: int
+) -> None:
+    pytest.importorskip("triton")
+    from alaya_hf.engine.device.plan import device_plan
+    from alaya_hf.engine.device.tokens import DeviceTokens
+    from alaya_hf.kernels.gpu.coarse_step import CoarseWorkspace
+
+    residual = {"kind": "block_means", "block": block} if strategy == "mean" else "none"
+    config = AlayaConfig(
+        query=TopK(k), index={"kind": "coarse", "block": block, "strategy": strategy}, residual=residual, window=(16, local),
+        min_context=whole, engine="device",
+    )  # fmt: skip
+    asked, plan = device_plan(config, 0), LayerPlan.of(config)
+    layout, device = asked.layout(64), torch.device("cpu")
+    tokens = DeviceTokens(batch, 2, layout, plan.window, whole, torch.bfloat16, device)
+    ring, low = tokens._ring_for(context), tokens._low_for(context, context)
+    if ring != tokens.ring:
+        tokens._resize_ring(ring)
+    tokens.reserve(1, max(0, low - 64))
+    tokens.reserve(1, low, 1, context)
+    assert tokens.window_bytes + tokens.index_bytes <= device_bytes(plan, SHAPE, context, batch)
+    work = CoarseWorkspace(batch, 2, 4, layout, tokens.room, 16 + ring, asked.cap, device, torch.bfloat16)
+    assert work.nbytes <= workspace_bytes(plan, SHAPE, context, batch, 64)
 
 
 def test_a_device_layer_changes_its_query_but_not_its_copy() -> None:

@@ -87,7 +87,7 @@ OPERATION = st.one_of(
 
 @inside
 @settings(
-    max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=1, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(steps=st.lists(OPERATION, min_size=1, max_size=4))
 @example([("decode", 1), ("crop", 40), ("append", 70), ("store", 0), ("repeat", 2), ("decode", 1), ("select", 1)])

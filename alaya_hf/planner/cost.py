@@ -96,10 +96,16 @@ def _device_stages(
         line = costs.device[name]
         return line.fixed, line.per_token * tokens
 
+    eight = plan.store_dtype in ("int8", "fp8")
+    if isinstance(plan.index, Coarse):
+        # Not measured: a block's vectors take about as long to read as the low-bit copy of two or four tokens.
+        vectors = (2 if plan.index.strategy == "bounds" else 1) + isinstance(plan.residual, BlockMean)
+        blocks = offloaded / plan.index.block
+        scores = [stage("cut", blocks), stage("pass82", 2 * vectors * blocks)]
+        return [stage("window", window), stage("merge", 0), *scores, stage("gather8" if eight else "gather", fetched)]
     bits = plan.residual.value_bits if isinstance(plan.residual, LowBit) else 0
     name = f"pass{plan.index.bits}{bits}"
     parts = [stage("window", window), stage("merge", 0), stage("cut", offloaded)]
-    eight = plan.store_dtype in ("int8", "fp8")
     parts += [
         stage("gather8" if eight else "gather", fetched),
         stage(name if name in costs.device else "pass82", offloaded),

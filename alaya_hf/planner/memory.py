@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from alaya_hf.engine.residual import BlockMean, LowBit
-from alaya_hf.index import Graph, Quantized
+from alaya_hf.index import Coarse, Graph, Quantized
+from alaya_hf.kernels.gpu.block_layout import GROUPED, BlockLayout
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.store_format import EIGHT_BIT, StoreFormat
 from alaya_hf.planner.layer_plan import LayerPlan
@@ -30,9 +31,10 @@ def window_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int, p
     """
     window = plan.window
     if plan.engine == "device":
-        slots = window.local + TILE
+        slack = max(TILE, _layout(plan, shape).tokens)
+        slots = window.local + slack
         # The ring doubles while the context lies in it as a whole.
-        while slots < min(context, plan.min_context) + 2 - window.init:
+        while slots < min(context, plan.min_context) + 2 - window.init + slack - TILE:
             slots *= 2
     else:
         needed = max(window.local + window.overflow, min(context, plan.min_context)) + passes
@@ -42,12 +44,15 @@ def window_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int, p
 
 
 def device_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int, passes: int = 64) -> int:
-    """Bytes of a layer on its device: window, and with ``engine="device"`` the low-bit copy. Arguments as for `window_bytes`."""
+    """Bytes of a layer on its device: window, and with ``engine="device"`` the low-bit copy or what stands for blocks.
+
+    Arguments as for `window_bytes`.
+    """
     held = window_bytes(plan, shape, context, batch, passes)
     if plan.engine != "device":
         return held
     layout = _layout(plan, shape)
-    return held + batch * shape.kv_heads * _low_tiles(plan, context) * layout.record
+    return held + int(batch * shape.kv_heads * _records(plan, layout, context) * layout.tokens * layout.bytes_per_token)
 
 
 def workspace_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int, passes: int = 1) -> int:
@@ -62,11 +67,17 @@ def workspace_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int
     """
     if plan.engine != "device":
         return 0
-    tokens = _low_tiles(plan, context) * TILE
-    cap = exact_cap(plan)
-    slots = plan.window.init + plan.window.local + TILE + min(context, plan.min_context) * 2
-    gathered = shape.group * -(-cap // 16)
+    layout, cap = _layout(plan, shape), exact_cap(plan)
+    records = _records(plan, layout, context)
+    slots = plan.window.init + plan.window.local + max(TILE, layout.tokens) + min(context, plan.min_context) * 2
     lists = 16 * (cap + 1) + 8 * 16
+    if isinstance(layout, BlockLayout):
+        groups = -(-records // GROUPED)
+        partials = slots // 16 + 2 + max(2, groups) + shape.group * min(cap, 64)
+        per_row = 2 * groups * (GROUPED + 1) + (partials + 1) * (shape.head_dim + 3) * 4 + lists
+        return batch * shape.heads * per_row + 8 * batch
+    tokens = records * TILE
+    gathered = shape.group * -(-cap // 16)
 
     def buffers(new: int) -> int:
         # As many positions at a time as `positions_at_a_time` allows.
@@ -79,10 +90,10 @@ def workspace_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int
     return buffers(1) + (buffers(passes) if passes > 1 else 0)
 
 
-def _low_tiles(plan: LayerPlan, context: int) -> int:
-    """Tiles that the low-bit copy has room for: 1/128 and 8 more than needed, each time it grows (`DeviceTokens.reserve`)."""
-    tiles = 0 if context <= plan.min_context else max(0, context - plan.window.local) // TILE
-    return tiles + tiles // 128 + 9
+def _records(plan: LayerPlan, layout: Layout | BlockLayout, context: int) -> int:
+    """Tiles or blocks that there is room for: 1/128 and 8 more than needed, each time it grows (`DeviceTokens.reserve`)."""
+    records = 0 if context <= plan.min_context else -(-max(0, context - plan.window.local) // layout.tokens)
+    return records + records // 128 + 9
 
 
 def host_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int) -> int:
@@ -113,14 +124,20 @@ def host_bytes(plan: LayerPlan, shape: ModelShape, context: int, batch: int) -> 
 
 
 def exact_cap(plan: LayerPlan) -> int:
-    """Most exact tokens per query head of a plan for the device."""
-    from alaya_hf.engine.device.plan import DEFAULT_CAP
+    """Most exact tokens, or blocks of the index ``coarse``, per query head of a plan for the device."""
+    from alaya_hf.engine.device.plan import DEFAULT_CAP, block_cap
 
+    if isinstance(plan.index, Coarse):
+        return block_cap(plan.query, plan.index.block)
     cap = getattr(plan.query, "k", getattr(plan.query, "cap", None))
     return DEFAULT_CAP if cap is None else int(cap)
 
 
-def _layout(plan: LayerPlan, shape: ModelShape) -> Layout:
+def _layout(plan: LayerPlan, shape: ModelShape) -> Layout | BlockLayout:
+    if isinstance(plan.index, Coarse):
+        from alaya_hf.engine.device.plan import block_layout
+
+        return block_layout(plan.index, shape.head_dim, isinstance(plan.residual, BlockMean))
     bits = plan.residual.value_bits if isinstance(plan.residual, LowBit) else 0
     return Layout(shape.head_dim, plan.index.bits, bits)
 

@@ -111,4 +111,5 @@ def shared_key(plan: LayerPlan) -> tuple[Any, ...]:
     """Layers with equal keys share the buffers of a step."""
     if plan.engine != "device":
         return ("host",)
-    return plan.engine, plan.index.bits, getattr(plan.residual, "value_bits", 0), exact_cap(plan), plan.window
+    stored = getattr(plan.index, "bits", plan.index), getattr(plan.residual, "value_bits", plan.residual.is_none)
+    return plan.engine, *stored, exact_cap(plan), plan.window

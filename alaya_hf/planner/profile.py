@@ -15,6 +15,7 @@ from typing import Any
 
 from alaya_hf.engine.residual import BlockMean, LowBit
 from alaya_hf.errors import CalibrationError
+from alaya_hf.index import Coarse
 from alaya_hf.planner.calibration import cache_folder
 from alaya_hf.planner.layer_plan import LayerPlan
 from alaya_hf.query import DIPR, Recovery, TopK
@@ -232,9 +233,9 @@ def expected(plan: LayerPlan, groups: Sequence[HeadGroup], scale: float, offload
         return [(max(0.0, offloaded), 1.0)] * len(groups)
     cap = getattr(query, "cap", None)
     if plan.engine == "device" and cap is None and not isinstance(query, TopK):
-        from alaya_hf.engine.device.plan import DEFAULT_CAP
+        from alaya_hf.engine.device.plan import DEFAULT_BLOCKS, DEFAULT_CAP
 
-        cap = DEFAULT_CAP
+        cap = DEFAULT_BLOCKS * plan.index.block if isinstance(plan.index, Coarse) else DEFAULT_CAP
     found = []
     for group in groups:
         if isinstance(query, Recovery):

@@ -72,6 +72,10 @@ def check_crops(device: str, settings: AlayaConfig) -> None:
     twin = copy.deepcopy(layer)
     twin.batch_select_indices(torch.tensor([0, 0]))
     check_records(twin)
+    for index in (settings.index, {"kind": "coarse", "block": 64, "strategy": "bounds"}):
+        other = layer.with_config(settings.replace(index=index, residual="none"))
+        assert other.tokens.layout == other.plan.layout(32)
+        check_records(other)
 
 
 def check_selection_of_the_host(device: str, dtype: torch.dtype = torch.float16) -> None:

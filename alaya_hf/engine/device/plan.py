@@ -13,7 +13,7 @@ from alaya_hf.index.coarse import Coarse, per_block
 from alaya_hf.index.quantized import Quantized
 from alaya_hf.kernels.gpu.block_layout import BlockLayout
 from alaya_hf.kernels.gpu.layout import MEAN_BLOCK, Layout
-from alaya_hf.query import DIPR, Recovery, TopK
+from alaya_hf.query import DIPR, Query, Recovery, TopK
 
 SUPPORTED = (
     "engine='device' serves the queries dipr, topk and recovery on the index 'quantized' (margin 0) with the residual "
@@ -72,9 +72,7 @@ class DevicePlan:
         """
         if self.coarse is None:
             return Layout(head_dim, self.key_bits, self.value_bits)
-        strategy = self.coarse.strategy
-        count = self.coarse.count if strategy == "representatives" else 1
-        return BlockLayout(head_dim, self.coarse.block, strategy, count, self.means)
+        return block_layout(self.coarse, head_dim, self.means)
 
     def beta(self, scaling: float) -> float:
         """The range below the best score, in units of scores."""
@@ -134,14 +132,30 @@ def device_plan(config: AlayaConfig, layer_idx: int) -> DevicePlan:
     return DevicePlan(index.bits, value_bits, cap, ratio, config.group_mode == "union", dipr)
 
 
+def block_layout(index: Coarse, head_dim: int, means: bool) -> BlockLayout:
+    """How what stands for the blocks of an index lies on the device, with mean values if `means`.
+
+    Raises
+    ------
+    ValueError
+        For sizes that the kernels do not serve.
+    """
+    count = index.count if index.strategy == "representatives" else 1
+    return BlockLayout(head_dim, index.block, index.strategy, count, means)
+
+
+def block_cap(query: Query, block: int) -> int:
+    """Most blocks per query head that a ``TopK`` or ``DIPR`` over tokens takes; :data:`DEFAULT_BLOCKS` where it has no cap."""
+    asked = per_block(query, block)
+    cap = getattr(asked, "k", getattr(asked, "cap", None))
+    return DEFAULT_BLOCKS if cap is None else int(cap)
+
+
 def _coarse_plan(config: AlayaConfig, index: Coarse, refuse: Callable[[str], ConfigError]) -> DevicePlan:
-    query, residual = per_block(config.query, index.block), config.residual
-    if isinstance(query, TopK):
-        cap, dipr = query.k, None
-    elif isinstance(query, DIPR):
-        cap, dipr = DEFAULT_BLOCKS if query.cap is None else query.cap, query
-    else:
+    query, residual = config.query, config.residual
+    if not isinstance(query, (TopK, DIPR)):
         raise refuse(f"the query {query.kind!r} on the index 'coarse'")
+    cap, dipr = block_cap(query, index.block), query if isinstance(query, DIPR) else None
     if cap > MAX_CAP:
         raise refuse(f"{query.kind} that may take {cap} blocks of {index.block} tokens (at most {MAX_CAP} blocks)")
     means = isinstance(residual, BlockMean)
