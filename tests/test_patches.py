@@ -29,12 +29,14 @@ def state() -> tuple[Any, ...]:
 
 
 @pytest.fixture
-def off() -> tuple[Any, ...]:
-    """All patches off; the state of upstream."""
+def off() -> Any:
+    """All patches off while a test runs; the state of upstream."""
     enable_once()  # what the first AlayaCache of the process would do
     for patch in (routing, prompt_guard, reservation):
         patch.disable()
-    return state()
+    yield state()
+    for patch in (routing, prompt_guard, reservation):
+        patch.enable()
 
 
 @pytest.fixture(scope="module")
