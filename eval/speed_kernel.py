@@ -21,6 +21,7 @@ from alaya_hf.kernels.gpu.coarse_step import CoarseWorkspace, coarse_step
 from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
+from alaya_hf.planner.measure_device import graph_seconds
 from alaya_hf.storage.pinned import pinned_pool
 from eval.synthetic import _Head
 
@@ -112,26 +113,7 @@ def synthetic_device_layer(
 
 def timed(steps: list[Callable[[], Any]], repeats: int = 15) -> float:
     """Median microseconds per step of a CUDA graph that runs all `steps` one after the other."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for step in steps:
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for step in steps:
-            step()
-    times = []
-    for _ in range(repeats + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1000 * begin.elapsed_time(end) / len(steps))
-    return statistics.median(times[2:])
+    return 1e6 * graph_seconds(steps, repeats)
 
 
 def bandwidths(pinned: Tensor) -> tuple[float, float]:

@@ -124,7 +124,7 @@ class _Region:
             clear_cuda_error()
             del whole
             self._owner = None
-        # No registration of ordinary memory here: CUDA's own, twelve times slower to make.
+        # No registration of ordinary memory here: CUDA's own, much slower to make.
         self._owner = torch.empty(size + LARGE, dtype=torch.uint8, pin_memory=cuda)
         self.start = -(-self._owner.data_ptr() // LARGE) * LARGE
 
@@ -133,7 +133,7 @@ class PinnedPool:
     """Pinned host memory, taken from the system in large regions and handed out in blocks.
 
     Regions come from anonymous memory in huge pages, touched by several threads and registered with ``cudaHostRegister``:
-    about 0.05 s per GiB, a twelfth of what ``pin_memory=True`` takes. Freed blocks are used again; nothing goes back to the
+    a fraction of what ``pin_memory=True`` takes. Freed blocks are used again; nothing goes back to the
     system before :meth:`trim`. Without CUDA the pool works the same on memory that is not registered.
 
     Parameters
