@@ -180,11 +180,11 @@ class Session(AlayaCache):
 
         Notes
         -----
-        Reads each layer's window. With ``engine="device"`` the rest comes in the background, layer by layer: the vectors are
-        verified and their pages registered with the device, which reads them in place, and the low-bit records go to the device.
-        The first work on a layer waits for that layer alone, and raises CorruptStoreError where a block does not match its
-        checksum: no vector is attended to before it was verified. See :meth:`DeviceLayer.attach_stored` for what is
-        copied instead.
+        Reads each layer's window. With ``engine="device"`` the low-bit records go to the device in the background, layer by
+        layer; the first work on a layer waits for that layer alone. The first pass that retrieves reads the vectors that it
+        selected through the host; the second one begins to verify all of them and to register their pages with the device,
+        which reads them in place from then on. A block that does not match its checksum raises CorruptStoreError: nothing
+        is attended to before it was verified. See :meth:`DeviceLayer.attach_stored` for what is copied instead.
         """
         if layers:
             tokens = layers[0].tokens
@@ -210,7 +210,5 @@ class Session(AlayaCache):
             layer.attach(
                 stored.read(0, first), stored.read(last, total), stored.pieces(first, last), dtype, torch.device(device)
             )
-        if loader is not None:
-            loader.close()
         self._token_ids = ids
         self.chain = chain

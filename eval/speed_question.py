@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from alaya_hf import AlayaCache
 from alaya_hf.attention import alaya_attention, alaya_mask
+from alaya_hf.decode_graph import DecodeGraphs
 from alaya_hf.errors import HostMemoryError
 from alaya_hf.kernels.attention import exact_attention
 from alaya_hf.kernels.partial import merge
@@ -206,7 +207,10 @@ def _sums(run: Callable[[], Tensor], cache: Any, new: int) -> dict[str, Any]:
 def alaya_rows(
     model: Any, keys: Tensor, values: Tensor, queries: Tensor | None, questions: list[int], repeats: int, report: Any
 ) -> None:
-    """`alaya` for every question length: replayed as a CUDA graph, and for questions of several tokens also without one."""
+    """`alaya` for every question length, replayed as a CUDA graph.
+
+    Questions of several tokens also without one, those of one token also with compiled blocks.
+    """
     settings = DEVICE if keys.is_cuda else DEVICE.replace(engine="host")
     model.set_attn_implementation(ALAYA_NAME)
     began = time.perf_counter()
@@ -238,6 +242,11 @@ def alaya_rows(
         row = _timing(times) | {"fill s": fill, "replays": stats["replays"] - before}
         row |= {"cache on device GB": stats["device_bytes"] / 1e9, "host GB": stats["offloaded_bytes"] / 1e9}
         report("alaya", new, row | _sums(run, cache, new), ids, logits)
+        if new == 1 and graphs is not None:
+            cache.graphs = DecodeGraphs("compile")
+            times, logits = passes(run, undo, 5, repeats)
+            report("alaya, compiled blocks", new, _timing(times) | {"replays": cache.graphs.replays}, ids, logits)
+            cache.graphs = graphs
 
 
 def load_all_rows(

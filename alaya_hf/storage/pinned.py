@@ -258,7 +258,9 @@ class PinnedPool:
         """
         with self._lock:
             self._collect()
-            if size > self._blocks.held - self._blocks.used + max(self._coming, self._room()):
+            free = self._blocks.held - self._blocks.used
+            # Asking the system takes a while: only where it matters.
+            if size > free and size > free + max(self._coming, self._room()):
                 raise self._error(size, what)
 
     @property

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from alaya_hf.engine.device.stored import FetchBuffers
 from alaya_hf.kernels.gpu.block_layout import BlockLayout
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.store_format import StoreFormat
@@ -86,6 +87,7 @@ class DeviceShared:
     def __init__(self) -> None:
         self._workspaces: dict[Any, Workspace | CoarseWorkspace] = {}
         self._counters: dict[Any, Counters] = {}
+        self.fetch_buffers = FetchBuffers()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceShared:
         memo[id(self)] = copy = DeviceShared()

@@ -322,13 +322,13 @@ class DeviceTokens:
             store[row, :, :used] = self.store[source, :, :used]
         return store
 
-    def settle(self) -> None:
+    def settle(self, vectors: bool = True) -> None:
         """Wait for what was attached, and let the current stream wait for the copies to the store.
 
-        Everything that reads store, file or low-bit copy comes after this.
+        Everything that reads store, file or low-bit copy comes after this; without `vectors` what does not read the file.
         """
         if self.stored is not None:
-            self.stored.arrive(self.device)
+            self.stored.arrive(self.device, vectors)
         if self._written is not None:
             wait_for_copy(torch.cuda.current_stream(self.device), self._written)
             self._written = None
@@ -581,13 +581,15 @@ class DeviceTokens:
             return RecordFormat(self.init, 0, 0, 0)
         return RecordFormat(self.init, layout.key_bits, layout.value_bits, layout.record // 4)
 
-    @property
-    def prefix(self) -> Prefix | None:
-        """The places in a file, for kernels."""
+    def prefix(self, shared: DeviceShared) -> Prefix | None:
+        """The places in a file, for kernels: where they lie, or fetched through the host while the device cannot read them."""
         if self.stored is None:
             return None
-        assert self.stored.view is not None and self.bounds is not None
-        return Prefix(self.stored.view, self.bounds)
+        assert self.bounds is not None
+        if self.stored.view is not None:
+            return Prefix(self.stored.view, self.bounds)
+        fetch = functools.partial(self.stored.fetch, lasts=self.lasts, buffers=shared.fetch_buffers)
+        return Prefix(None, self.bounds, fetch)
 
     def can_attach(self, layer: StoredLayer) -> bool:
         """Whether :meth:`attach` serves: vectors as the store has them, more of them than window and ring hold."""
@@ -604,7 +606,7 @@ class DeviceTokens:
         layer : StoredLayer
             In the store's dtype, which has no scales; longer than window and ring hold.
         loader : Loader
-            Brings the records and makes the file readable; the first use of this layer waits for it.
+            Brings the records, and the file when it is asked to; the first use of this layer waits for it.
 
         Notes
         -----
@@ -758,6 +760,7 @@ class DeviceTokens:
         HostMemoryError
             Before anything has changed.
         """
+        self.settle(vectors=False)
         hot = self._hot_set(plan)
         work, counters = self._prepare(q.shape[1], 1, plan, shared, columns, layers, hot)
         new = (q.contiguous(), k.contiguous(), v.contiguous())
@@ -767,7 +770,17 @@ class DeviceTokens:
             coarse_step(work, *new, *state, self.init, self.keeps, scaling, beta, plan.union)
         else:
             decode_step(
-                work, *new, *state, self.init, self.keeps, scaling, beta, plan.ratio, plan.union, hot, self.prefix
+                work,
+                *new,
+                *state,
+                self.init,
+                self.keeps,
+                scaling,
+                beta,
+                plan.ratio,
+                plan.union,
+                hot,
+                self.prefix(shared),
             )
         self.counts, self.lows = self.after()
         return work
@@ -806,7 +819,7 @@ class DeviceTokens:
         found = short_pass(
             work, q, k.contiguous(), v.contiguous(), self.window_k, self.window_v, self.on_device, self.records,
             counters.total, counters.low, self.init, self.keeps, scaling, plan.beta(scaling), plan.ratio, plan.union, watch,
-            self.prefix,
+            self.prefix(shared),
         )  # fmt: skip
         self.counts, self.lows = self.after(new)
         return found
@@ -815,7 +828,7 @@ class DeviceTokens:
         self, heads: int, new: int, plan: DevicePlan, shared: DeviceShared, columns: int, layers: int, hot: HotSet | None
     ) -> tuple[Workspace | CoarseWorkspace, Counters]:  # fmt: skip
         """Room for new tokens, the buffers to work in, and the device's numbers brought to where this layer stands."""
-        self.settle()
+        self.settle(vectors=False)
         batch = len(self.counts)
         if self.ring != self._ring_for(columns) or self.lows != [self._low_for(c, columns) for c in self.counts]:
             # The context has outgrown `min_context`, or the ring.
@@ -833,6 +846,8 @@ class DeviceTokens:
 
     def _hot_set(self, plan: DevicePlan) -> HotSet | None:
         """The hot set, made when it is first wanted; None without a budget, or one that holds not even one set per KV head."""
+        if self.stored is not None and self.stored.view is None:
+            return None
         if self.hot is None and self.hot_budget and plan.cap:
             self.hot = HotSet.within(self.hot_budget, len(self.counts), self.kv_heads, self.form, self.device)
         return self.hot
@@ -841,7 +856,7 @@ class DeviceTokens:
 
     def truncate(self, counts: list[int], columns: int) -> None:
         """Keep the first `counts` tokens of the rows, `columns` in all; what becomes recent again is read from the store."""
-        self.settle()
+        self.settle(vectors=False)
         lows = [min(low, self._low_for(count, columns)) for low, count in zip(self.lows, counts, strict=True)]
         places = [self._places(count) for count in counts]
         stops = [min(self._held_from(low), place) for low, place in zip(self.lows, places, strict=True)]

@@ -373,24 +373,37 @@ def check_prefix(case: Case) -> None:
     own, prefix = case.split(whole)
     selected = (case.q, work.ids, work.counts, work.thresholds, work.limits, work.scores, case.records)
     how, parts = (0, case.scaling, *case.bits, True, False), work.gather_parts
-    plain_, found, reference, hot_found = (case.work() for _ in range(4))
+    plain_, found, reference, hot_found, some, some_reference = (case.work() for _ in range(6))
+    # The selected rows alone, in the order of the ids, none where they lie in the own store.
+    there = torch.arange(work.ids.shape[3], device=work.ids.device) < work.counts.unsqueeze(-1)
+    inside = there & (work.ids >= prefix.bounds[:, :1, None, None]) & (work.ids < prefix.bounds[:, 1:2, None, None])
+    rows = whole.to(case.device)[
+        torch.arange(case.b, device=case.device)[:, None, None, None],
+        torch.arange(case.h, device=case.device)[:, None, None],
+        torch.where(inside, work.ids, 0).long(),
+    ]
+    rows = torch.where(inside[..., None, None], rows, float("nan")).cpu().contiguous()
+    rows = case.on_device(rows.pin_memory() if case.device.type == "cuda" else rows)
     for run, to, store, where in (
         (gather.gather_attention, plain_, whole, (None, None)),
-        (gather.gather_attention, found, own, prefix),
-        (gather.gather_attention_reference, reference, own, prefix),
+        (gather.gather_attention, found, own, prefix[:2]),
+        (gather.gather_attention_reference, reference, own, prefix[:2]),
+        (gather.gather_attention, some, own, (rows, prefix.bounds)),
+        (gather.gather_attention_reference, some_reference, own, (rows, prefix.bounds)),
     ):
         run(case.on_device(store), *selected, to.acc, to.ml, to.fetched, *how, 1, *where)
     hot = HotSet(case.b, case.h, 3, case.form, case.device)
     for total in (case.total, case.total + 1):  # the second time some of it is hot
         gather.gather_attention_hot(
             case.on_device(own), *selected, hot_found.acc, hot_found.ml, hot_found.fetched, hot.rows, hot.tags, hot.stamps,
-            hot.claims, hot.counts, hot_found.staged, hot_found.missed, total, *how, *prefix,
+            hot.claims, hot.counts, hot_found.staged, hot_found.missed, total, *how, *prefix[:2],
         )  # fmt: skip
         hot_set.insert_hot(hot_found.staged, hot_found.missed, total, hot.rows, hot.tags, hot.stamps, hot.claims)
         for mine, theirs in zip(case.merged(hot_found, 0, parts), case.merged(plain_, 0, parts), strict=True):
             assert torch.equal(mine, theirs)
-    for mine, theirs, true in zip(*(case.merged(x, 0, parts) for x in (found, plain_, reference)), strict=True):
-        assert torch.equal(mine, theirs)
+    results = (case.merged(x, 0, parts) for x in (found, plain_, some, reference, some_reference))
+    for mine, theirs, selected_, true, true_ in zip(*results, strict=True):
+        assert torch.equal(mine, theirs) and torch.equal(mine, selected_) and torch.equal(true, true_)
         torch.testing.assert_close(mine, true, atol=3e-3, rtol=2e-3)
     keys, values = case.window()
     for run in (window.window_attention, window.window_attention_reference):

@@ -34,7 +34,7 @@ def _gather(  # type: ignore[no-untyped-def]
     G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP2: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr,
     UNION: tl.constexpr, LOWBIT: tl.constexpr,
     FORMAT: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr, HOT: tl.constexpr, H: tl.constexpr, WAYS: tl.constexpr,
-    TABLE: tl.constexpr, PAGE: tl.constexpr, PREFIX: tl.constexpr,
+    TABLE: tl.constexpr, PAGE: tl.constexpr, PREFIX: tl.constexpr, SELECTED: tl.constexpr,
     PADDED: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_WORDS: tl.constexpr,
     VALUE_WORDS: tl.constexpr, KEY_PARAMS: tl.constexpr, VALUES: tl.constexpr, VALUE_PARAMS: tl.constexpr,
     RECORD: tl.constexpr,
@@ -97,7 +97,10 @@ def _gather(  # type: ignore[no-untyped-def]
             theirs = over_bus & in_prefix[:, None]
             k = tl.load(store + row_at[:, None] + c[None, :], mask=mine, other=0)
             v = tl.load(store + row_at[:, None] + D + c[None, :], mask=mine, other=0)
-            prefix_at = (bh % H * prefix_tokens + there_line) * ROW
+            if SELECTED:
+                prefix_at = ((group * G + owner) * CAP + x) * ROW
+            else:
+                prefix_at = (bh % H * prefix_tokens + there_line) * ROW
             k = tl.where(theirs, tl.load(prefix + prefix_at[:, None] + c[None, :], mask=theirs, other=0), k)
             v = tl.where(theirs, tl.load(prefix + prefix_at[:, None] + D + c[None, :], mask=theirs, other=0), v)
         else:
@@ -167,7 +170,8 @@ def _launch(
     layout = Layout(d, key_bits, value_bits)
     form = StoreFormat.of(store, d) if blocks is None else StoreFormat(d, store.dtype)
     check(fetched, "fetched", (batch, heads, positions * splits(group, cap)), torch.int32)
-    check_prefix(prefix, bounds, form, batch, heads)
+    check_prefix(prefix, bounds, form, batch, heads, ids)
+    selected = prefix is not None and prefix.dim() > ids.dim()
     elements, scales = form.kernel_views(store)
     # Without a hot set, anything will do for its pointers.
     places: tuple[Tensor, ...] = (ids,) * 10
@@ -188,7 +192,8 @@ def _launch(
         0 if prefix is None else prefix.shape[1],
         G=group, GP=max(16, next_power_of_2(group)), D=d, DP2=next_power_of_2(d), CAP=cap, BLOCK=block(cap),
         UNION=union, LOWBIT=replace, FORMAT=form.code, ROW=form.row, SCALES=form.scale_place, HOT=hot is not None, H=heads,
-        WAYS=WAYS, TABLE=blocks is not None, PAGE=block_tokens, PREFIX=prefix is not None, **constants(layout), num_warps=4,
+        WAYS=WAYS, TABLE=blocks is not None, PAGE=block_tokens, PREFIX=prefix is not None,
+        SELECTED=selected, **constants(layout), num_warps=4,
     )  # fmt: skip
 
 
@@ -220,6 +225,7 @@ def gather_attention(
         side by side. ``splits`` is of one position's group.
     prefix, bounds : Tensor, optional
         See :class:`~alaya_hf.kernels.gpu.prefix.Prefix`: a run of places is read from there instead, and `store` has the others.
+        `prefix` may also be the rows of the listed places alone, ``[*ids.shape, *tail]``, read where `bounds` says the run is.
     """
     _launch(
         store, q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, None, slot0, scaling, key_bits,
@@ -237,10 +243,13 @@ def gather_attention_reference(
     if positions > 1:
         queries = q.view(batch, heads, positions, group // positions, -1)
         parts = (x.chunk(positions, 2) for x in (ids, counts, thresholds, limits, scores, acc, ml, fetched))
+        share = [prefix] * positions
+        if prefix is not None and prefix.dim() > ids.dim():
+            share = list(prefix.chunk(positions, 2))
         for i, (of_ids, count, threshold, limit, score, sums, weight, reads) in enumerate(zip(*parts, strict=True)):
             gather_attention_reference(
                 store, queries[:, :, i].flatten(1, 2), of_ids, count, threshold, limit, score, records, sums, weight, reads,
-                slot0, scaling, key_bits, value_bits, union, replace, 1, prefix, bounds,
+                slot0, scaling, key_bits, value_bits, union, replace, 1, share[i], bounds,
             )  # fmt: skip
         return
     d, n = q.shape[2], scores.shape[3]
@@ -254,6 +263,8 @@ def gather_attention_reference(
     fetched.zero_()
     fetched[..., 0] = listed.sum((2, 3))
     if prefix is not None and bounds is not None:
+        if prefix.dim() > ids.dim():
+            prefix, bounds = _as_run(prefix, bounds, ids, place, n)
         both = Prefix(prefix, bounds)
         store = torch.stack([both.place_rows(row, store[row], n) for row in range(batch)])
     some = min(n, store.shape[2])
@@ -275,6 +286,18 @@ def gather_attention_reference(
         acc[..., slot0, :] -= weights @ torch.where(listed.squeeze(2)[..., None], rough, 0.0)
         ml[..., slot0, 1] -= weights.sum(-1)
     ml[..., slot0, 0] = top * factor
+
+
+def _as_run(prefix: Tensor, bounds: Tensor, ids: Tensor, there: Tensor, n: int) -> tuple[Tensor, Tensor]:
+    """Selected rows as the run of places that they are from, zero where nothing was selected."""
+    rows = torch.zeros(ids.shape[1], n, *prefix.shape[4:], dtype=prefix.dtype, device=prefix.device)
+    limits = bounds.tolist()
+    for b, h, g, x in there.nonzero().tolist():
+        if limits[b][0] <= int(ids[b, h, g, x]) < limits[b][1]:
+            rows[h, int(ids[b, h, g, x])] = prefix[b, h, g, x]
+    bounds = bounds.clone()
+    bounds[:, 2] = 0
+    return rows, bounds
 
 
 @operator("gather_attention_hot", mutates=["acc", "ml", "fetched", "stamps", "claims", "looked_up", "staged", "missed"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -29,10 +30,25 @@ class Prefix(NamedTuple):
     bounds : Tensor ``[batch, 3]`` int64
         ``first, last, origin`` of every row, on the device: kernels read them, so that a captured step stays valid when they
         change.
+    fetch : callable, optional
+        While kernels cannot read the run: brings the rows that were selected, given ids and counts. May wait for the device.
     """
 
-    rows: Tensor
+    rows: Tensor | None
     bounds: Tensor
+    fetch: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def selected(self, ids: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """`prefix` and `bounds` of :func:`~alaya_hf.kernels.gpu.gather.gather_attention` for these selected places.
+
+        Parameters
+        ----------
+        ids : Tensor ``[batch, kv_heads, rows, cap]`` int32
+        counts : Tensor ``[batch, kv_heads, rows]`` int32
+        """
+        rows = self.rows if self.fetch is None else self.fetch(ids, counts)
+        assert rows is not None
+        return rows, self.bounds
 
     def own_lines(self, row: int, places: Tensor) -> tuple[Tensor, Tensor]:
         """Lines of the own store of some places (int64), and which of the places it has. In plain torch, for checking."""
@@ -48,6 +64,7 @@ class Prefix(NamedTuple):
             The row's own store.
         """
         first, last, origin = self.bounds[row].tolist()
+        assert self.rows is not None
         result = torch.zeros(own.shape[0], tokens, *own.shape[2:], dtype=own.dtype, device=own.device)
         stop = min(last, tokens)
         if first < stop:
@@ -59,8 +76,10 @@ class Prefix(NamedTuple):
         return result
 
 
-def check_prefix(rows: Tensor | None, bounds: Tensor | None, form: StoreFormat, batch: int, heads: int) -> None:
-    """Raise where a kernel's prefix is not what :class:`Prefix` promises.
+def check_prefix(
+    rows: Tensor | None, bounds: Tensor | None, form: StoreFormat, batch: int, heads: int, ids: Tensor | None = None
+) -> None:
+    """Raise where a kernel's prefix is not what :class:`Prefix` promises; with `ids`, it may be the selected rows only.
 
     Raises
     ------
@@ -72,7 +91,13 @@ def check_prefix(rows: Tensor | None, bounds: Tensor | None, form: StoreFormat, 
         return
     if form.scaled:
         raise ValueError(f"expected a store in the model's dtype beside a prefix, got one of {form.dtype}")
-    check(rows, "prefix", (heads, None, *form.tail), form.dtype)
+    selected = ids is not None and rows.dim() == ids.dim() + len(form.tail)
+    check(
+        rows,
+        "prefix",
+        (*ids.shape, *form.tail) if selected and ids is not None else (heads, None, *form.tail),
+        form.dtype,
+    )
     check(bounds, "bounds", (batch, BOUNDS), torch.int64)
 
 

@@ -130,6 +130,6 @@ def _attend(
     gather.gather_attention(
         store, q, work.ids, work.counts, work.thresholds, work.limits, work.scores, records, work.acc, work.ml, work.fetched,
         work.window_parts + work.parts, scaling, *bits, union, True, positions,
-        *((None, None) if prefix is None else prefix),
+        *((None, None) if prefix is None else prefix.selected(work.ids, work.counts)),
     )  # fmt: skip
     merge.merge_partials(work.acc, work.ml, work.out, work.lse, work.best)

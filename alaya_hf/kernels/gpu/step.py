@@ -177,7 +177,7 @@ def decode_step(
     )  # fmt: skip
     selected = (store, q, work.ids, work.counts, work.thresholds, work.limits, work.scores, records)
     to, how = (work.acc, work.ml, work.fetched), (after_window, scaling, *bits, union, True)
-    where = (None, None) if prefix is None else prefix
+    where = (None, None) if prefix is None else prefix.selected(work.ids, work.counts)
     if hot is None:
         gather.gather_attention(*selected, *to, *how, 1, *where)
     else:

@@ -40,15 +40,17 @@ class RegisteredFile:
     Notes
     -----
     ``cudaHostRegister`` with the flag "read only" of a mapping that is shared and read-only (a writable one of a disk file is
-    refused): 0.03 to 0.1 s per GiB with the file in the page cache. It pins every page of the vectors and the records: they stay
-    in memory, whatever a buffer manager's budget, until the last session lets go. Without CUDA nothing is registered.
+    refused): about 0.03 s per GiB with the file in the page cache. It pins the pages: they stay in memory, whatever a buffer
+    manager's budget, until the last session lets go. Records and vectors are registered one by one; a page that both lie on
+    goes with the records. Without CUDA nothing is registered.
     """
 
     def __init__(self, file: VectorFile, key: Any) -> None:
         self.file, self.key = file, key
         self.kv: Tensor = file.tensors["kv"]
         self.copied = False
-        self._done = False
+        self._done = self._records_done = False
+        self._code = 0
         self._devices: set[torch.device] = set()
         self._lock = threading.Lock()
 
@@ -78,14 +80,46 @@ class RegisteredFile:
         with self._lock:
             self._devices.add(device)
             if not self._done:
-                if device.type == "cuda":
-                    self._register(device)
+                # The page in the middle comes with the records.
+                refused = device.type == "cuda" and (
+                    not self._register_records(device) or self._register(device, 0, self._split) is not None
+                )
+                if refused:
+                    self._copy(device)
                 self._done = True
 
-    def _register(self, device: torch.device) -> None:
-        start, size = self.file.address, self.file.data_bytes
-        # A page that the end shares with the checksums is registered too.
-        size = -(-size // BLOCK) * BLOCK
+    def register_records(self, device: torch.device) -> bool:
+        """Make what lies behind the vectors readable for `device`: copies of it need no staging.
+
+        Returns
+        -------
+        bool
+            Whether it is; where CUDA refuses, copies work all the same, at the speed of ordinary memory.
+        """
+        with self._lock:
+            self._devices.add(device)
+            return device.type != "cuda" or self._register_records(device)
+
+    @property
+    def _split(self) -> int:
+        """Bytes of the vectors, whole pages."""
+        return self.kv.nbytes // BLOCK * BLOCK
+
+    def _register_records(self, device: torch.device) -> bool:
+        if not self._records_done:
+            if (
+                self._split < self.file.data_bytes
+                and self._register(device, self._split, self.file.data_bytes) is not None
+            ):
+                return False
+            self._records_done = True
+        return True
+
+    def _register(self, device: torch.device, begin: int, stop: int) -> int | None:
+        """Register bytes of the tensors, whole pages; returns CUDA's error."""
+        start, size = self.file.address + begin, stop - begin
+        if not size:
+            return None
         portable = _PORTABLE if torch.cuda.device_count() > 1 else 0
         for attempt in range(4):
             # The same mapping may still be about to be released.
@@ -97,13 +131,17 @@ class RegisteredFile:
                 if code == 0:
                     # The mapping outlives its registration.
                     weakref.finalize(self, _retire, start, self.file, self._devices).atexit = False
-                    return
+                    return None
                 clear_cuda_error()
             if code != _ALREADY:
                 break
+        self._code = code
+        return code
+
+    def _copy(self, device: torch.device) -> None:
         with torch.cuda.device(device):
             warnings.warn(
-                f"{self.file.label}: CUDA refuses to register the mapped file (error {code}), so its vectors are copied to "
+                f"{self.file.label}: CUDA refuses to register the mapped file (error {self._code}), so its vectors are copied to "
                 "pinned memory: attaching takes longer and the host holds them twice. Expected a local disk and a device that "
                 "reads registered read-only memory.",
                 UserWarning,

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from alaya_hf.errors import CorruptStoreError, StoreError
 from alaya_hf.kernels.cpu.checksum import BLOCK, block_checksums, first_damaged
+from alaya_hf.kernels.cpu.fetch import fetch_rows
 from alaya_hf.storage.db.buffer_manager import FRAME, BufferManager
 from alaya_hf.storage.db.hashing import digest
 
@@ -355,12 +356,45 @@ class VectorFile:
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             self.map.madvise(mmap.MADV_WILLNEED, page, start + size - page)
 
-    def verify(self, blocks: np.ndarray, kind: str) -> None:
-        """:meth:`check_blocks` for threads of one's own; asks the system to read blocks that lie side by side ahead."""
-        together = blocks.size and int(blocks[-1]) - int(blocks[0]) + 1 == blocks.size
-        if together and not self._verified[blocks].all():
-            self.map.madvise(mmap.MADV_WILLNEED, self.offset + int(blocks[0]) * BLOCK, blocks.size * BLOCK)
-        self.check_blocks(blocks, kind, alone=True)
+    def verify(self, blocks: range, kind: str) -> None:
+        """:meth:`check_blocks` for threads of one's own; asks the system to read the blocks ahead."""
+        if blocks and not self._verified[blocks.start : blocks.stop].all():
+            self.map.madvise(mmap.MADV_WILLNEED, self.offset + blocks.start * BLOCK, len(blocks) * BLOCK)
+            self.check_blocks(np.arange(blocks.start, blocks.stop), kind, alone=True)
+
+    def scattered(self) -> None:
+        """Say that rows of ``kv`` are about to be read here and there: a fault brings one page then, not those around it."""
+        start, size = self._places["kv"]
+        if size and hasattr(mmap, "MADV_RANDOM"):
+            self.map.madvise(mmap.MADV_RANDOM, start - self._base + self.offset, size)
+
+    def fetch(
+        self, ids: np.ndarray, counts: np.ndarray, firsts: np.ndarray, lasts: np.ndarray, origin: int, out: np.ndarray,
+        lists: range,
+    ) -> None:  # fmt: skip
+        """Copy the rows of ``kv`` that some lists name, verified; for threads of one's own, which share the lists.
+
+        Parameters
+        ----------
+        ids, counts, firsts, lasts, origin, lists
+            See :func:`~alaya_hf.kernels.cpu.fetch.fetch_rows`.
+        out : ndarray ``[lists, cap, row bytes]`` uint8
+
+        Raises
+        ------
+        CorruptStoreError
+        """
+        self._need_sums()
+        heads, tokens = self.tensors["kv"].shape[:2]
+        words = self._data.view(np.uint64)
+        rows = out.view(np.uint64)
+        assert self._sums is not None and self._places["kv"][0] == self._base
+        bad = fetch_rows(
+            words, self._sums, self._verified, ids, counts, firsts, lasts, origin, heads, tokens, rows.shape[-1], rows,
+            lists.start, lists.stop,
+        )  # fmt: skip
+        if bad >= 0:
+            raise self._mismatch(int(bad))
 
     def check(self, name: str, kind: str = "index") -> None:
         """Verify a whole tensor, once.
@@ -384,12 +418,12 @@ class VectorFile:
         elif self._buffers is not None or not (self._verified[first].all() and self._verified[last].all()):
             self.check_blocks(np.unique(np.concatenate([first, last])), kind)
 
-    def blocks_of(self, name: str, start: int = 0, size: int | None = None) -> np.ndarray:
-        """Numbers of the blocks that a byte range of a tensor lies in, for :meth:`check_blocks`."""
+    def blocks_of(self, name: str, start: int = 0, size: int | None = None) -> range:
+        """Numbers of the blocks that a byte range of a tensor lies in."""
         at, nbytes = self._places[name]
         first = at - self._base + start
         last = first + (nbytes - start if size is None else size)
-        return np.arange(first // BLOCK, -(-last // BLOCK)) if last > first else np.empty(0, np.int64)
+        return range(first // BLOCK, -(-last // BLOCK) if last > first else first // BLOCK)
 
     def check_blocks(self, blocks: np.ndarray, kind: str, alone: bool = False) -> None:
         """Verify blocks by number (int64, ascending), those that were not verified before.
@@ -398,6 +432,17 @@ class VectorFile:
         """
         if not blocks.size:
             return
+        self._need_sums()
+        if self._buffers is not None and not alone:
+            self._buffers.touch(self, kind, np.unique((blocks * BLOCK + self.offset) // FRAME).tolist())
+        new = blocks[~self._verified[blocks]]
+        if new.size:
+            bad = first_damaged(self._data, new, self._sums, alone)
+            if bad >= 0:
+                raise self._mismatch(bad)
+            self._verified[new] = True
+
+    def _need_sums(self) -> None:
         if self._tracked and self.map.size() != self._nbytes:
             raise self._damaged(f"the file was cut to {self.map.size():,} of {self._nbytes:,} bytes while it was open")
         with self._lock:
@@ -405,15 +450,10 @@ class VectorFile:
                 if digest(self._checksums.data.cast("B")) != self._expected:
                     raise self._damaged("the checksums are not the ones that were stored")
                 self._sums = self._checksums
-        if self._buffers is not None and not alone:
-            self._buffers.touch(self, kind, np.unique((blocks * BLOCK + self.offset) // FRAME).tolist())
-        new = blocks[~self._verified[blocks]]
-        if new.size:
-            bad = first_damaged(self._data, new, self._sums, alone)
-            if bad >= 0:
-                at = self.offset + bad * BLOCK
-                raise self._damaged(f"bytes {at:,} to {at + BLOCK:,} do not match their checksum")
-            self._verified[new] = True
+
+    def _mismatch(self, block: int) -> CorruptStoreError:
+        at = self.offset + block * BLOCK
+        return self._damaged(f"bytes {at:,} to {at + BLOCK:,} do not match their checksum")
 
     def damaged_blocks(self, folder: int, name: str) -> Iterator[str]:
         """Read everything again, from the file and not through the mapping, and say what is wrong, for a report.
@@ -458,8 +498,7 @@ class VectorFile:
                 raise self._damaged(f"the file ends before its {self._nbytes:,} bytes")
             wrong = np.flatnonzero(block_checksums(np.frombuffer(data, np.uint8), first) != sums[first:last])
             if wrong.size:
-                at = self.offset + (first + int(wrong[0])) * BLOCK
-                raise self._damaged(f"bytes {at:,} to {at + BLOCK:,} do not match their checksum")
+                raise self._mismatch(first + int(wrong[0]))
 
     def release(self, start: int, stop: int) -> None:
         """See :class:`~alaya_hf.storage.db.buffer_manager.Evictable`."""
