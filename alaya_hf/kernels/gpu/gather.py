@@ -289,14 +289,14 @@ def gather_attention_reference(
 
 
 def _as_run(prefix: Tensor, bounds: Tensor, ids: Tensor, there: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """Selected rows as the run of places that they are from, zero where nothing was selected."""
-    rows = torch.zeros(ids.shape[1], n, *prefix.shape[4:], dtype=prefix.dtype, device=prefix.device)
+    """Selected rows as a run of places per batch row, one behind the other; zero where nothing was selected."""
+    rows = torch.zeros(ids.shape[1], ids.shape[0] * n, *prefix.shape[4:], dtype=prefix.dtype, device=prefix.device)
     limits = bounds.tolist()
     for b, h, g, x in there.nonzero().tolist():
         if limits[b][0] <= int(ids[b, h, g, x]) < limits[b][1]:
-            rows[h, int(ids[b, h, g, x])] = prefix[b, h, g, x]
+            rows[h, b * n + int(ids[b, h, g, x])] = prefix[b, h, g, x]
     bounds = bounds.clone()
-    bounds[:, 2] = 0
+    bounds[:, 2] = torch.arange(ids.shape[0], device=bounds.device) * n
     return rows, bounds
 
 
