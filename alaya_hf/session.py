@@ -195,7 +195,9 @@ class Session(AlayaCache):
                 self.layers.append(self._new_layer(number))
             layer = self.layers[number]
             if isinstance(layer, DeviceLayer):
-                loader = Loader() if loader is None else loader
+                if loader is None:
+                    loader = Loader()
+                    loader.expect(run.file for each in layers for run in each.files())
                 layer.attach_stored(stored, dtype, torch.device(device), loader)
                 continue
             config = layer.config

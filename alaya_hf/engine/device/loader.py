@@ -135,6 +135,10 @@ class Loader:
         self._pending: list[Future] = []
         weakref.finalize(self, _cancel, self._pending)
 
+    def expect(self, files: Iterable[VectorFile]) -> None:
+        """Verify the checksums of files that are about to be asked for, side by side; what is wrong shows when they are."""
+        self._pending += [_pools("records")[0].submit(file.check_sums) for file in files]
+
     def bring(self, needed: Needed, records: Sequence[StoredRecords], target: Tensor, device: torch.device) -> Incoming:
         """Start to bring a layer's records.
 

@@ -637,16 +637,16 @@ class DeviceTokens:
         arrival = loader.bring(needed, found, self.records[0], self.device)
         self.stored = StoredRun(registered, first, last, init - longest.start, arrival)
         self.lasts = [last]
-        self.bounds = self.stored.bounds(self.lasts).to(self.device)
+        self.bounds = self._moved(self.stored.bounds(self.lasts))
         self.reserve(self._lines([total]) + 1, 0)  # with room for what comes next: growing waits for the device
         self.counts, self.lows = [total], [low]
         for begin, end in ((init, longest.start), (longest.stop, total)):
             if begin < end:
                 kv, line = layer.read(begin, end), self._own(0, begin - init)
                 self.store[0, :, line : line + end - begin] = kv
-        kv = layer.read(0, init).to(self.device)
+        kv = self._moved(layer.read(0, init))
         self.window_k[0, :, :init], self.window_v[0, :, :init] = kv[:, :, 0], kv[:, :, 1]
-        kv = layer.read(init + low, total).to(self.device)
+        kv = self._moved(layer.read(init + low, total))
         self._write_ring(0, low, kv[:, :, 0], kv[:, :, 1])
         for gap in missing(tiles, found):
             self.settle()
@@ -654,6 +654,10 @@ class DeviceTokens:
                 stop = min(gap.stop, tile + _PACK_BLOCK // TILE)
                 kv = self.read_store(0, TILE * tile, TILE * stop)
                 self._quantise_at(0, tile, kv[:, :, 0], kv[:, :, 1], self.records)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        """To the device, without waiting for what else crosses the bus."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
 
     @_on_its_device
     def host_rows(self, start: int, stop: int) -> list[Tensor]:

@@ -765,9 +765,9 @@ class Catalog:
         with self._reading() as db:
             rows = db.execute(
                 "SELECT c.id, c.name, c.namespace, c.tokens, c.segment, c.created, c.used, s.fields FROM contexts c "
-                "JOIN spaces s ON s.id = c.space WHERE (?1 IS NULL OR c.namespace = ?1) AND (?2 IS NULL OR c.id = ?2) "
-                "ORDER BY c.used DESC, c.id",
-                (namespace, only),
+                "JOIN spaces s ON s.id = c.space WHERE (:space IS NULL OR c.namespace = :space) "
+                "AND (:only IS NULL OR c.id = :only) ORDER BY c.used DESC, c.id",
+                {"space": namespace, "only": only},
             ).fetchall()
             return [self._row(db, *row) for row in rows]
 
@@ -802,7 +802,8 @@ class Catalog:
         with self._reading() as db:
             readers: dict[str, list[str]] = {}
             rows = db.execute(
-                "SELECT id, name, segment, tokens FROM contexts WHERE ?1 IS NULL OR namespace = ?1", (namespace,)
+                "SELECT id, name, segment, tokens FROM contexts WHERE :space IS NULL OR namespace = :space",
+                {"space": namespace},
             ).fetchall()
             for context, name, segment, tokens in rows:
                 for link in self._chain(db, segment, tokens).links:

@@ -7,6 +7,7 @@ and of the checksums, which makes it the root of what is trusted.
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
 import math
@@ -19,6 +20,7 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -80,6 +82,23 @@ class Written:
     nbytes: int
     header: bytes
     checksums: bytes
+
+
+@lru_cache(maxsize=1)
+def _madvise() -> Any:
+    try:
+        call = ctypes.CDLL(None).madvise
+    except (AttributeError, OSError):
+        return None
+    call.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return call
+
+
+def read_ahead(address: int, size: int) -> None:
+    """Ask the system to read mapped pages ahead, without the interpreter's lock, which ``mmap.madvise`` keeps."""
+    call = _madvise()
+    if call is not None:
+        call(address, size, mmap.MADV_WILLNEED)
 
 
 def _pad(size: int) -> int:
@@ -359,7 +378,7 @@ class VectorFile:
     def verify(self, blocks: range, kind: str) -> None:
         """:meth:`check_blocks` for threads of one's own; asks the system to read the blocks ahead."""
         if blocks and not self._verified[blocks.start : blocks.stop].all():
-            self.map.madvise(mmap.MADV_WILLNEED, self.offset + blocks.start * BLOCK, len(blocks) * BLOCK)
+            read_ahead(self._base + blocks.start * BLOCK, len(blocks) * BLOCK)
             self.check_blocks(np.arange(blocks.start, blocks.stop), kind, alone=True)
 
     def scattered(self) -> None:
@@ -384,13 +403,13 @@ class VectorFile:
         ------
         CorruptStoreError
         """
-        self._need_sums()
+        sums = self.check_sums()
         heads, tokens = self.tensors["kv"].shape[:2]
         words = self._data.view(np.uint64)
         rows = out.view(np.uint64)
-        assert self._sums is not None and self._places["kv"][0] == self._base
+        assert self._places["kv"][0] == self._base
         bad = fetch_rows(
-            words, self._sums, self._verified, ids, counts, firsts, lasts, origin, heads, tokens, rows.shape[-1], rows,
+            words, sums, self._verified, ids, counts, firsts, lasts, origin, heads, tokens, rows.shape[-1], rows,
             lists.start, lists.stop,
         )  # fmt: skip
         if bad >= 0:
@@ -432,17 +451,23 @@ class VectorFile:
         """
         if not blocks.size:
             return
-        self._need_sums()
+        sums = self.check_sums()
         if self._buffers is not None and not alone:
             self._buffers.touch(self, kind, np.unique((blocks * BLOCK + self.offset) // FRAME).tolist())
         new = blocks[~self._verified[blocks]]
         if new.size:
-            bad = first_damaged(self._data, new, self._sums, alone)
+            bad = first_damaged(self._data, new, sums, alone)
             if bad >= 0:
                 raise self._mismatch(bad)
             self._verified[new] = True
 
-    def _need_sums(self) -> None:
+    def check_sums(self) -> np.ndarray:
+        """The checksums, themselves verified once; that nobody cut the file is looked at each time.
+
+        Raises
+        ------
+        CorruptStoreError
+        """
         if self._tracked and self.map.size() != self._nbytes:
             raise self._damaged(f"the file was cut to {self.map.size():,} of {self._nbytes:,} bytes while it was open")
         with self._lock:
@@ -450,6 +475,7 @@ class VectorFile:
                 if digest(self._checksums.data.cast("B")) != self._expected:
                     raise self._damaged("the checksums are not the ones that were stored")
                 self._sums = self._checksums
+            return self._sums
 
     def _mismatch(self, block: int) -> CorruptStoreError:
         at = self.offset + block * BLOCK
