@@ -7,7 +7,6 @@ import math
 import os
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from alaya_hf.registry import INDEXES, QUERIES
 from alaya_hf.storage.db.catalog import Catalog, NewSegment
 from alaya_hf.storage.db.mapped import over
 from eval.data import long_contracts
+from eval.disk import dd_rate
 from eval.environment import describe
 from eval.models import load
 from eval.random_model import SHAPES as RANDOM
@@ -117,19 +117,6 @@ def _load_all(model: Any, folder: Path, device: str) -> DynamicCache:
         kv = data.view(dtype).view(entry["shape"]).to(device, model.dtype, non_blocking=True)
         cache.update(kv[None, :, :, 0].contiguous(), kv[None, :, :, 1].contiguous(), number)
     return cache
-
-
-def _disk(folder: Path, nbytes: int) -> float:
-    """Bytes per second of ``dd`` with fsync."""
-    target = folder / "dd"
-    count = max(1, nbytes >> 22)
-    began = time.perf_counter()
-    subprocess.run(
-        ["dd", "if=/dev/zero", f"of={target}", "bs=4M", f"count={count}", "conv=fsync"], check=True, capture_output=True
-    )
-    rate = (count << 22) / (time.perf_counter() - began)
-    target.unlink()
-    return rate
 
 
 def _context(model: Any, ids: Tensor, tokens: int) -> list[tuple[Tensor, Tensor]]:
@@ -268,7 +255,7 @@ def reuse(
 
     With ``--engine device`` (a shape of eval/random_model.py, ``--device cuda``): a context of synthetic keys and values from
     host memory, from the page cache as after a restart, and from a cold file, each against loading all of it from there, and
-    against recomputing. The last one of ``--questions`` is asked.
+    against recomputing.
     """
     if engine == "device":
         from eval.speed_reuse_device import reuse_on_device, settings_of
@@ -278,7 +265,8 @@ def reuse(
             raise typer.BadParameter(f"--engine device takes a shape ({', '.join(RANDOM)}), but got --model {model}")
         lengths = [int(length) for length in contexts.split(",")]
         reuse_on_device(
-            shape, lengths, int(questions.split(",")[-1]), settings_of(preset, store_dtype), device, repeats, store, limit_gb,
+            shape, lengths, [int(n) for n in questions.split(",")], settings_of(preset, store_dtype), device, repeats, store,
+            limit_gb,
             recompute, seconds, layers, output,
         )  # fmt: skip
         return
@@ -306,7 +294,7 @@ def reuse(
                 with AlayaDB(copy, model=network, settings=settings) as other:
                     seconds, _ = _timed(device, functools.partial(other.store, session))
                 shutil.rmtree(copy)
-                rate = _disk(Path(place), row.bytes)
+                rate = dd_rate(Path(place), row.bytes)
             del kv, session
             held = length * 2 * _per_token(network)
             stored.append(

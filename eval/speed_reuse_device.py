@@ -26,6 +26,7 @@ from alaya_hf.errors import AlayaError
 from alaya_hf.storage.db import registered
 from alaya_hf.storage.memory import available_host_memory
 from alaya_hf.storage.pinned import pinned_pool
+from eval.disk import dd_rate
 from eval.environment import describe
 from eval.random_model import random_model
 from eval.report import markdown, write_csv
@@ -119,7 +120,7 @@ def _short(value: Any) -> str:
 
 
 def _same_place(row: dict[str, Any], about: dict[str, Any]) -> bool:
-    return all(row.get(key) == about[key] for key in ("context", "from"))
+    return all(row.get(key) == about.get(key) for key in ("context", "from", "question"))
 
 
 def _in_memory(path: Path) -> bool:
@@ -255,13 +256,19 @@ def check(bench: _Bench, folder: Path, prompt: Tensor, keys: Tensor, values: Ten
 
 @contextmanager
 def _stored(bench: _Bench, place: Path, keys: Tensor, values: Tensor, ids: Tensor) -> Iterator[tuple[Path, float, int]]:
-    """A folder with the context in it, the seconds that storing took, and its bytes."""
+    """A folder with the context in it, the seconds that storing it from a session took, and its bytes."""
     with tempfile.TemporaryDirectory(dir=place) as name:
-        folder, layers = Path(name), bench.model.config.num_hidden_layers
+        folder = Path(name)
         with AlayaDB(folder, model=bench.model, settings=bench.settings) as db:
+            session = Session(bench.settings, config=bench.model.config)
+            for layer in session.layers:
+                layer.fill(keys, values)
+            session._token_ids = ids
+            bench.wait()
             began = time.perf_counter()
-            row = db.import_context(ids, [(keys, values)] * layers)
+            row = db.store(session)
             seconds = time.perf_counter() - began
+            del session
         gc.collect()
         pinned_pool().trim()
         yield folder, seconds, row.bytes
@@ -280,7 +287,8 @@ def _one_context(bench: _Bench, folder: Path, ids: Tensor, prompt: Tensor, keys:
     def nothing() -> None:
         pass
 
-    where: dict[str, Any] = {"context": tokens, "from": "page cache"}
+    asked = {"context": tokens, "question": bench.question.shape[1]}
+    where: dict[str, Any] = {**asked, "from": "page cache"}
     files = _Files(bench, folder)
 
     def load_files() -> dict[str, float]:
@@ -317,6 +325,8 @@ def _one_context(bench: _Bench, folder: Path, ids: Tensor, prompt: Tensor, keys:
         bench.add(**where, system="load_all", **{"not run": f"{needed / _GB:.0f} GB of pinned memory"})
     # Registered and verified, nothing on the device.
     session, _, _ = _attached(bench, folder, prompt)
+    for layer in session.alaya_layers:
+        layer.tokens.settle()
     held = [layer.tokens.stored.registered for layer in session.alaya_layers]
     del session
     bench.measure({**where, "system": "alaya"}, alaya, nothing, bench.repeats)
@@ -341,7 +351,7 @@ def _recompute(bench: _Bench, ids: Tensor) -> dict[str, float]:
 def reuse_on_device(
     shape: str,
     contexts: list[int],
-    question: int,
+    questions: list[int],
     settings: AlayaConfig,
     device: str,
     repeats: int,
@@ -373,11 +383,11 @@ def reuse_on_device(
         network.set_attn_implementation("alaya")
         config = network.config
         generator = torch.Generator().manual_seed(1)
-        asked = torch.randint(1, config.vocab_size, (1, question), generator=generator)
+        asked = torch.randint(1, config.vocab_size, (1, max(questions)), generator=generator)
         bench = _Bench(
             network, device, settings, asked.to(device), repeats, deadline, output=output / "device.csv"
         )  # fmt: skip
-        typer.echo(f"{describe()}; {shape}, {config.num_hidden_layers} layers, question of {question} tokens")
+        typer.echo(f"{describe()}; {shape}, {config.num_hidden_layers} layers")
         for number, tokens in enumerate(contexts):
             per_layer = tokens * config.num_key_value_heads * config.head_dim * 2 * dtype.itemsize
             size = 1.3 * per_layer * config.num_hidden_layers
@@ -396,14 +406,24 @@ def reuse_on_device(
             with _stored(bench, place, keys, values, ids) as (folder, took, nbytes):
                 beside = nbytes / (per_layer * config.num_hidden_layers) - 1
                 bench.add(
-                    context=tokens, **{"from": "device"}, system="store", seconds=took, GB=nbytes / _GB,
-                    **{"beside the vectors": beside},
+                    context=tokens, **{"from": "host memory"}, system="store", seconds=took, GB=nbytes / _GB,
+                    **{"GB/s": nbytes / _GB / took, "beside the vectors": beside},
                 )  # fmt: skip
+                size = min(nbytes, 8 << 30)
+                rate = dd_rate(folder, size)
+                bench.add(context=tokens, system="dd with fsync", GB=size / _GB, **{"GB/s": rate / _GB})
                 if number == 0:
                     check(bench, folder, prompt, keys, values)
-                _one_context(bench, folder, ids, prompt, keys, values)
+                for question in questions:
+                    bench.question = asked[:, :question].to(device)
+                    _one_context(bench, folder, ids, torch.cat([ids, asked[:, :question]], dim=1), keys, values)
             if tokens <= recompute:
-                where = {"context": tokens, "from": "nothing", "system": "recompute"}
+                where = {
+                    "context": tokens,
+                    "question": bench.question.shape[1],
+                    "from": "nothing",
+                    "system": "recompute",
+                }
                 del keys, values
                 bench.measure(where, lambda: _recompute(bench, ids), lambda: None, 1)  # noqa: B023
             keys = values = None
@@ -412,7 +432,7 @@ def reuse_on_device(
     table = [
         {column: row.get(column, math.nan if column == "seconds" else "") for column in columns} for row in bench.rows
     ]
-    text = f"{describe()}\n\n{shape}, question of {question} tokens\n\n{markdown(table)}\n"
+    text = f"{describe()}\n\n{shape}\n\n{markdown(table)}\n"
     (output / "device.md").write_text(text, encoding="utf-8")
     typer.echo(text)
     return bench.rows

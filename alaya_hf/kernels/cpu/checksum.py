@@ -82,7 +82,13 @@ def _words(data: np.ndarray) -> np.ndarray:
     return words
 
 
-def block_checksums(data: np.ndarray, first: int = 0) -> np.ndarray:
+@njit(cache=True, nogil=True, error_model="numpy")
+def _all_blocks_alone(words, first, out):
+    for i in range(out.size):
+        out[i] = _xxh64(words, i * (BLOCK // 8), np.uint64(first + i))
+
+
+def block_checksums(data: np.ndarray, first: int = 0, alone: bool = False) -> np.ndarray:
     """Checksums of consecutive blocks.
 
     Parameters
@@ -91,6 +97,8 @@ def block_checksums(data: np.ndarray, first: int = 0) -> np.ndarray:
         ``[blocks * 4096]`` uint8, contiguous.
     first : int
         Number of the first block in its file; it seeds the sum, so that blocks that change places are noticed.
+    alone : bool
+        The calling thread does it all, see :func:`first_damaged`.
 
     Returns
     -------
@@ -104,11 +112,11 @@ def block_checksums(data: np.ndarray, first: int = 0) -> np.ndarray:
 
     Notes
     -----
-    XXH64 (Yann Collet, xxHash specification), about 10 GB/s per core.
+    XXH64 (Yann Collet, xxHash specification), 3 to 10 GB/s per core.
     """
     words = _words(data)
     out = np.empty(data.size // BLOCK, np.uint64)
-    _all_blocks(words, first, out)
+    (_all_blocks_alone if alone else _all_blocks)(words, first, out)
     return out
 
 

@@ -157,7 +157,7 @@ def write_vectors(fd: int, layer: int, sources: Mapping[str, Source], metadata: 
 
     Notes
     -----
-    One pass over the data: checksums are made of the chunk that is about to be written.
+    One pass over the data: checksums are made of the chunk that is about to be written, in the calling thread, which may be any.
     """
     for name, source in sources.items():
         given = sum(piece.nbytes for piece in source.pieces)
@@ -185,7 +185,7 @@ def write_vectors(fd: int, layer: int, sources: Mapping[str, Source], metadata: 
     def flush() -> None:
         nonlocal filled, done
         count = filled // BLOCK
-        sums[done : done + count] = block_checksums(chunk[:filled], done)
+        sums[done : done + count] = block_checksums(chunk[:filled], done, alone=True)
         _write(fd, chunk[:filled].data)
         done += count
         filled = 0
