@@ -83,7 +83,9 @@ def stepping(model: Any, cache: Resident, batch: int) -> Iterator[None]:
     own = model.forward
 
     def step() -> Tensor:
-        return own(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        return own(
+            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
 
     graph, logits = None, None
     if device.type == "cuda":
