@@ -146,17 +146,10 @@ def test_a_plan_needs_no_thresholds_of_one_layer(tmp_path):
     """Sparse prefill's thresholds are those of all layers, and what a pass works with is found with one."""
     from alaya_hf.engine.prefill.thresholds import Thresholds, model_shape
 
-    config = LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    model = config(num_hidden_layers=3)
     path = tmp_path / "k2.safetensors"
-    Thresholds(torch.zeros(3, 4, 8), model_shape(config), {}).save(path)
+    Thresholds(torch.zeros(3, 4, 8), model_shape(model), {}).save(path)
     exact = AlayaConfig(min_context=0)
     given = {"context": 800, "chunk": 256, "max_memory": {0: "1GiB"}}
-    sparse = memory_plan(config, config=exact.replace(prefill={"kind": "bsfa", "thresholds": str(path)}), **given)
-    assert sparse.devices == memory_plan(config, config=exact, **given).devices
+    sparse = memory_plan(model, config=exact.replace(prefill={"kind": "bsfa", "thresholds": str(path)}), **given)
+    assert sparse.devices == memory_plan(model, config=exact, **given).devices

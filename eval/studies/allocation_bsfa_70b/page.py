@@ -154,8 +154,8 @@ def page(rows: Sequence[dict[str, Any]], quality: Path | None = None) -> str:
         "## Allocators over a trace of documents and questions",
         markdown(_traced(rows)),
         "Bytes and copies follow from the trace and the shape, and hold on every machine. **Held**: most at a time with room "
-        "for all; **fragmentation** (1 - largest free run / free bytes), **refused** and transfers in a pool of 1.2 times what is "
-        "needed.",
+        "for all; **fragmentation** (1 - largest free run / free bytes), **refused** and transfers in a pool of 1.2 times what "
+        "is needed.",
     ]  # fmt: skip
     missing = [
         {
