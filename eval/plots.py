@@ -140,7 +140,9 @@ def prefill(model: Sequence[dict[str, Any]], layer: Sequence[dict[str, Any]], pa
             found = [(tokens, row[column]) for tokens, row in sorted(points.items()) if row.get(column) is not None]
             axis.plot([x for x, _ in found], [y for _, y in found], style, label=name, markersize=5)
     axes[0].set_yscale("log")
-    for axis, title in zip(axes, ("time to first token (s)", "peak device memory, weights included (GB)"), strict=False):
+    for axis, title in zip(
+        axes, ("time to first token (s)", "peak device memory, weights included (GB)"), strict=False
+    ):
         axis.set_xscale("log", base=2)
         axis.set_xlabel("prompt (tokens)")
         axis.set_title(title)

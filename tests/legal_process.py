@@ -16,7 +16,6 @@ if __name__ == "__main__":
     network, words = model.__wrapped__(), tokenizer.__wrapped__()
     eval.legal_command.TASKS = {"words": replace(TASK, build=lambda *_, **__: items(2, 2))}
 
-
     def load(name, device="cpu"):
         print("device", device)
         return network.to(device), words

@@ -151,10 +151,10 @@ def of_allocation(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def of_memory(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What strategies do to host memory and transfers."""
+    """What strategies do to host memory and transfers, with the most documents at a time."""
     found = []
     for place in _places(rows):
-        for batch in sorted(values(list(cells(rows, part="allocation", **place)), "batch")):
+        for batch in sorted(values(list(cells(rows, part="allocation", **place)), "batch"))[-1:]:
             held = list(measured(rows, part="allocation", batch=batch, **place))
             if len(held) < 2:
                 continue
