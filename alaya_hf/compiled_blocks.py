@@ -94,7 +94,7 @@ def _opaque_attention(attention: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compiler.disable(run)
 
 
-def _decoder_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+def decoder_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
     """Blocks and the modules in them that know its number."""
     # Transformers names the classes that no device map may split: the decoder's blocks.
     names = set(getattr(model, "_no_split_modules", None) or ())
@@ -106,7 +106,7 @@ def _decoder_blocks(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Modul
 
 
 def _blocks(model: nn.Module, backend: str) -> list[_Block]:
-    found, known = list(_decoder_blocks(model)), _BLOCKS.get(model)
+    found, known = list(decoder_blocks(model)), _BLOCKS.get(model)
     if known is None or [block.module for block in known] != [module for module, _ in found]:
         # A step's products have one row: the compiler's own kernels need tuning for that.
         how: dict[str, Any] = {"options": {"coordinate_descent_tuning": True}} if backend == "inductor" else {}

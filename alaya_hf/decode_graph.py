@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers.utils import ModelOutput
 
-from alaya_hf.compiled_blocks import compiled_blocks
+from alaya_hf.compiled_blocks import compiled_blocks, decoder_blocks
 from alaya_hf.device_layer import DeviceLayer
 from alaya_hf.engine.device.shared import Counters
 from alaya_hf.probes import Probe
-from alaya_hf.storage.pinned import CAPTURING
+from alaya_hf.segment_graphs import SegmentGraphs, captured
 
 if TYPE_CHECKING:
     from alaya_hf.engine.device.tokens import DeviceTokens
@@ -37,6 +36,14 @@ def _one_device(model: Any) -> bool:
     if len(set(getattr(model, "hf_device_map", {None: 0}).values())) != 1:
         return False
     return not any(weight.is_meta for weight in model.parameters())
+
+
+def _several_devices(model: Any) -> bool:
+    """Whether Accelerate spread the model over GPUs, and left no part of it elsewhere."""
+    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    return (
+        len(devices) > 1 and not devices & {"cpu", "disk"} and not any(weight.is_meta for weight in model.parameters())
+    )
 
 
 @dataclass
@@ -101,31 +108,6 @@ class _Group:
         self.counters.bring_to(first.counts, first.lows, first.init, first.keeps, first.room)
 
 
-@functools.lru_cache(maxsize=16)
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
-
-
-@contextmanager
-def _captured(graph: torch.cuda.CUDAGraph, device: torch.device) -> Iterator[None]:
-    """Capture what is done on `device`; whatever happens, stream and allocator are then as they were."""
-    # One capture at a time: what a second one does meanwhile could end up in the first.
-    with CAPTURING, torch.cuda.device(device), warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*CUDA Graph is empty.*")
-        before, pool = torch.cuda.current_stream(device), torch.cuda.graph_pool_handle()
-        stream = _capture_stream(device)
-        try:
-            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                yield
-        except BaseException:
-            # An invalidated capture leaves the allocator giving memory to its pool.
-            with suppress(Exception):
-                torch._C._cuda_endAllocateToPool(device.index, pool)
-            raise
-        finally:
-            torch.cuda.set_stream(before)
-
-
 def _stamp(model: Any) -> tuple[Any, ...]:
     """What a captured step depends on besides its inputs: weights, adapters, hooks."""
     weights = tuple(x.data_ptr() for x in (*model.parameters(), *model.buffers()))
@@ -171,13 +153,9 @@ class DecodeGraph:
             group.bring()
         before = [(layer, layer._columns, layer._valid) for layer in self.layers]
         numbers = [(tokens, tokens.counts, tokens.lows) for tokens in self._tokens()]
-        self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.inference_mode(False), torch.no_grad(), blocks, _captured(self.graph, self.layers[0].device):
-                output = forward(model, **inputs.fixed, **self.inputs, past_key_values=cache)
-                for group in self.groups:
-                    first = group.tokens[0]
-                    group.counters.count_on_device(first.init, first.keeps, first.room, self.new)
+            with torch.inference_mode(False), torch.no_grad():
+                output = self._capture(model, forward, inputs, cache, blocks)
         finally:
             # Nothing ran: the host's numbers are what they were.
             for layer, columns, valid in before:
@@ -191,6 +169,30 @@ class DecodeGraph:
         self.output = {name: value for name, value in output.items() if name != "past_key_values"}
         self.returns_cache = "past_key_values" in output
 
+    def _capture(self, model: Any, forward: Forward, inputs: _Inputs, cache: Any, blocks: Any) -> Any:
+        """The call's kernels, not run; returns the outputs they will write."""
+        self.graph = torch.cuda.CUDAGraph()
+        with blocks, captured(self.graph, self.layers[0].device):
+            output = forward(model, **inputs.fixed, **self.inputs, past_key_values=cache)
+            self._count_on(self.layers[0].device)
+        return output
+
+    def _run(self, inputs: _Inputs, cache: Any) -> Any:
+        """The call's outputs, nobody else's."""
+        for name, tensor in inputs.tensors.items():
+            self.inputs[name].copy_(tensor)
+        self.graph.replay()
+        # The next replay overwrites the graph's own tensors.
+        found = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, self.output)
+        return self.kind(**found, **({"past_key_values": cache} if self.returns_cache else {}))
+
+    def _count_on(self, device: torch.device) -> None:
+        """Let a device count what it takes in; becomes part of a graph."""
+        for group in self.groups:
+            first = group.tokens[0]
+            if first.device == device:
+                group.counters.count_on_device(first.init, first.keeps, first.room, self.new)
+
     def _tokens(self) -> Iterator[DeviceTokens]:
         for layer in self.layers:
             assert layer.tokens is not None
@@ -199,7 +201,7 @@ class DecodeGraph:
     def _grouped(self, cache: Any) -> list[_Group]:
         groups: dict[Any, _Group] = {}
         for tokens in self._tokens():
-            key = (*tokens.rule, tokens.keeps, tokens.room, tokens.capacity)
+            key = (tokens.device, *tokens.rule, tokens.keeps, tokens.room, tokens.capacity)
             if key not in groups:
                 groups[key] = _Group([], cache._shared.counters(len(tokens.counts), tokens.device, tokens.rule))
             groups[key].tokens.append(tokens)
@@ -235,11 +237,9 @@ class DecodeGraph:
             tokens.settle()
         for group in self.groups:
             group.bring()
-        for name, tensor in inputs.tensors.items():
-            self.inputs[name].copy_(tensor)
         for group in self.groups:
             group.counters.forget()
-        self.graph.replay()
+        output = self._run(inputs, cache)
         for group in self.groups:
             counts, lows = group.tokens[0].after(self.new)
             group.counters.counted(counts, lows)
@@ -247,9 +247,31 @@ class DecodeGraph:
                 tokens.counts, tokens.lows = counts, lows
         for layer in self.layers:
             layer._count(self.new, None)
-        # The next replay overwrites the graph's own tensors.
-        found = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, self.output)
-        return self.kind(**found, **({"past_key_values": cache} if self.returns_cache else {}))
+        return output
+
+
+class SegmentedDecodeGraph(DecodeGraph):
+    """A step of a model over several devices: a graph for each run of blocks on one of them, the rest of the model as it is."""
+
+    def _capture(self, model: Any, forward: Forward, inputs: _Inputs, cache: Any, blocks: Any) -> Any:
+        found = list(decoder_blocks(model))
+        if [numbered[0].layer_idx for _, numbered in found] != list(range(len(self.layers))):
+            raise RuntimeError("the model's blocks are not its layers in their order")
+        self.forward, self.fixed = forward, inputs.fixed
+        devices = [layer.device for layer in self.layers]
+        self.segments = SegmentGraphs([block for block, _ in found], devices, self._count_on)
+        with self.segments.capturing():
+            return forward(model, **inputs.fixed, **inputs.tensors, past_key_values=cache)
+
+    def _run(self, inputs: _Inputs, cache: Any) -> Any:
+        model = self.model()
+        # Masks were looked at before, as for a step that is captured.
+        cache.graphs.capturing = True
+        try:
+            with self.segments.replaying():
+                return self.forward(model, **self.fixed, **inputs.tensors, past_key_values=cache)
+        finally:
+            cache.graphs.capturing = False
 
 
 @dataclass
@@ -271,6 +293,8 @@ class DecodeGraphs:
 
     Passes of several tokens that retrieve (up to ``max_sparse_queries``: drafts to verify, questions of one length) have a graph
     of their own, without compiled blocks, for the last number of tokens that came twice. It keeps its buffers.
+
+    A model over several GPUs has a graph for each run of blocks on one of them (:class:`SegmentedDecodeGraph`), never compiled.
 
     Parameters
     ----------
@@ -297,7 +321,10 @@ class DecodeGraphs:
         self._step_graph, self._pass_graph = _Kept(), _Kept()
 
     def _serves(self, cache: Any, model: Any) -> bool:
-        if self._off or torch.is_grad_enabled() or torch.compiler.is_compiling() or not _one_device(model):
+        if self._off or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        one = _one_device(model)
+        if not one and not _several_devices(model):
             return False
         layers = cache.layers
         if not layers or not all(isinstance(layer, DeviceLayer) and layer.tokens is not None for layer in layers):
@@ -306,8 +333,8 @@ class DecodeGraphs:
         first = layers[0]
         return (
             probe is None
-            and first.device.type == "cuda"
-            and all(layer.device == first.device and layer._pending is None for layer in layers)
+            and all(layer.device.type == "cuda" and layer._pending is None for layer in layers)
+            and (not one or all(layer.device == first.device for layer in layers))
         )
 
     def __call__(self, cache: Any, model: Any, forward: Forward, kwargs: dict[str, Any]) -> Any:
@@ -357,7 +384,8 @@ class DecodeGraphs:
         same = kept.last is not None and kept.last[0] == key and _same(kept.last[1], buffers)
         settled = all(each.settled(columns, new) for each in tokens)
         kept.warm = kept.warm + 1 if same and settled else 0
-        compiled = self.mode == "compile" and new == 1
+        one = _one_device(model)
+        compiled = self.mode == "compile" and new == 1 and one
         if kept.warm == 0 or (compiled and kept.warm == 1):
             # The call that will be captured: compiled blocks are made for its shapes.
             call = {**inputs.fixed, **inputs.tensors, "attention_mask": mask, "past_key_values": cache}
@@ -367,8 +395,8 @@ class DecodeGraphs:
             return out
         try:
             self.capturing = True
-            blocks = self._blocks(cache, model) if new == 1 else nullcontext()
-            kept.graph = DecodeGraph(model, forward, inputs, cache, blocks)
+            blocks = self._blocks(cache, model) if new == 1 and one else nullcontext()
+            kept.graph = (DecodeGraph if one else SegmentedDecodeGraph)(model, forward, inputs, cache, blocks)
         except Exception as error:
             # Whatever the model does that a graph cannot hold, it can go on without one.
             self.drop()

@@ -284,7 +284,8 @@ def working_bytes(
     try:
         with META:
             model = AutoModelForCausalLM.from_config(small, dtype=dtype, attn_implementation=NAME).eval()
-            cache = _PassCache(settings.replace(layers={}, cuda_graphs="none"), config=small)
+            # Thresholds of a sparse prefill are those of all layers; nothing is attended to here.
+            cache = _PassCache(settings.replace(layers={}, cuda_graphs="none", prefill="exact"), config=small)
             cache.prepare(form, min(settings.prefill_block, max(0, context - chunk)), settings.window.local)
             ids = torch.empty(batch, chunk, dtype=torch.int64)
             positions = torch.empty(batch, chunk, dtype=torch.int64)

@@ -6,6 +6,7 @@ import typer
 
 from eval.ablate import ablate
 from eval.calibrate_bsfa import calibrate_bsfa
+from eval.draw import app as plot
 from eval.faults import faults
 from eval.fidelity_command import fidelity
 from eval.legal_command import legal
@@ -30,6 +31,7 @@ app.command()(calibrate_bsfa)
 app.command()(sparse_prefill)
 app.add_typer(speed, name="speed")
 app.add_typer(study, name="study")
+app.add_typer(plot, name="plot")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

@@ -109,3 +109,57 @@ def per_token(rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def prefill(model: Sequence[dict[str, Any]], layer: Sequence[dict[str, Any]], path: Path) -> None:
+    """Time to first token and peak memory of a whole model against the prompt's length; one layer's attention beside cuDNN's.
+
+    Parameters
+    ----------
+    model : sequence of dict
+        ``tokens``, ``system``, ``chunk``, ``s``, ``peak GB``; of equal ones the fastest counts.
+    layer : sequence of dict
+        ``tokens``, ``system``, ``x SDPA`` (how many times as fast).
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(17, 4.8))
+    lines: dict[str, dict[int, dict[str, Any]]] = {}
+    for row in model:
+        whole = row["system"] == "full" or row["chunk"] == row["tokens"]
+        name = "DynamicCache" if row["system"] == "full" else f"{row['system']}, {'whole' if whole else row['chunk']}"
+        held = lines.setdefault(name, {}).get(row["tokens"])
+        if row.get("s") is not None and (held is None or row["s"] < held["s"]):
+            lines[name][row["tokens"]] = row
+    for name, points in lines.items():
+        style = "k--" if name == "DynamicCache" else "o-"
+        for axis, column in zip(axes, ("s", "peak GB"), strict=False):
+            found = [(tokens, row[column]) for tokens, row in sorted(points.items()) if row.get(column) is not None]
+            axis.plot([x for x, _ in found], [y for _, y in found], style, label=name, markersize=5)
+    axes[0].set_yscale("log")
+    for axis, title in zip(
+        axes, ("time to first token (s)", "peak device memory, weights included (GB)"), strict=False
+    ):
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("prompt (tokens)")
+        axis.set_title(title)
+        axis.grid(True, alpha=0.3)
+    axes[0].legend(fontsize=8)
+    sizes = list(dict.fromkeys(row["tokens"] for row in layer))
+    systems = [name for name in dict.fromkeys(row["system"] for row in layer) if "offloading" not in name]
+    for place, tokens in enumerate(sizes):
+        speed = {row["system"]: row["x SDPA"] for row in layer if row["tokens"] == tokens}
+        at = [index + 0.4 * (place - (len(sizes) - 1) / 2) for index in range(len(systems))]
+        axes[2].barh(at, [speed.get(name) or 0 for name in systems], height=0.38, label=f"{tokens:,} tokens")
+    axes[2].set_yticks(range(len(systems)), systems, fontsize=8)
+    axes[2].invert_yaxis()
+    axes[2].axvline(1, color="k", linewidth=1)
+    axes[2].set_title("one layer's attention: times as fast as cuDNN")
+    axes[2].grid(True, axis="x", alpha=0.3)
+    axes[2].legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

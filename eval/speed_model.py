@@ -24,6 +24,8 @@ from eval import plots
 from eval.environment import describe
 from eval.random_model import SHAPES, random_model
 from eval.report import markdown, read_csv, write_csv
+from eval.speed_resident import NAME as RESIDENT_NAME
+from eval.speed_resident import Resident, stepping
 
 #: The query of the speed figures: the paper's range, at most 32 exact tokens per query head, highest scores first.
 QUERY = DIPR(alpha=0.012, cap=32)
@@ -44,7 +46,9 @@ ALAYA: dict[str, AlayaConfig] = {
     "alaya, 8-bit store": DEVICE.replace(store_dtype="int8"),
     "alaya, 8-bit store, compiled blocks": DEVICE.replace(store_dtype="int8", cuda_graphs="compile"),
 }
-STOCK = ("full", "static_compiled", "offloaded", "quantized_cache")
+#: Full attention over resident keys in a CUDA graph: nobody's cache, the fastest that a resident one could be.
+RESIDENT = "resident"
+STOCK = ("full", "static_compiled", RESIDENT, "offloaded", "quantized_cache")
 #: Hundreds of milliseconds a token.
 SLOW = ("offloaded", "quantized_cache")
 
@@ -100,7 +104,9 @@ def context_of(
     return keys, values, None
 
 
-def filled(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new: int) -> Any:
+def filled(
+    name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new: int, settings: AlayaConfig | None = None
+) -> Any:
     """A cache of the system whose layers all hold the context; every layer and row has a copy of its own.
 
     Raises
@@ -108,8 +114,10 @@ def filled(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new:
     SystemFails
     """
     config = model.config
-    if name in ALAYA:
-        cache: Any = AlayaCache(ALAYA[name], config=config)
+    if settings is not None:
+        cache: Any = AlayaCache(settings, config=config)
+    elif name == RESIDENT:
+        return Resident(config, *(x.expand(batch, -1, -1, -1) for x in (keys, values)))
     elif name == "full":
         cache = DynamicCache(config=config)
     elif name == "offloaded":
@@ -125,26 +133,33 @@ def filled(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new:
         cache = StaticCache(config=config, max_cache_len=keys.shape[2] + new + 2)
     keys, values = (x.expand(batch, -1, -1, -1) for x in (keys, values))
     for idx in range(config.num_hidden_layers):
-        if name in ALAYA:
+        if settings is not None:
             cache.layers[idx].fill(keys, values)
         else:
             cache.update(keys, values, idx)
     return cache
 
 
-def measure(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new: int) -> dict[str, Any]:
+def measure(
+    name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new: int, settings: AlayaConfig | None = None
+) -> dict[str, Any]:
     """One system at one context length.
 
     Parameters
     ----------
+    name : str
+        Of :data:`STOCK` or :data:`ALAYA`; any other one needs `settings`.
     new : int
         Tokens to generate. The median leaves out the first six, in which kernels and blocks are compiled and captured.
+    settings : AlayaConfig, optional
+        Of an :class:`~alaya_hf.AlayaCache`, in place of the name's.
 
     Raises
     ------
     SystemFails
     """
-    model.set_attn_implementation(NAME if name in ALAYA else "sdpa")
+    settings = ALAYA.get(name) if settings is None else settings
+    model.set_attn_implementation(NAME if settings is not None else {RESIDENT: RESIDENT_NAME}.get(name, "sdpa"))
     device, tokens = model.device, keys.shape[2]
     cuda = device.type == "cuda"
     if cuda:
@@ -152,14 +167,14 @@ def measure(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     try:
-        cache = filled(name, model, keys, values, batch, new)
+        cache = filled(name, model, keys, values, batch, new, settings)
         if cuda:
             torch.cuda.synchronize()
         fill = time.perf_counter() - began
         ids = torch.randint(1, model.config.vocab_size, (batch, tokens + 1), device=device)
         watch = Stopwatch()
         began = time.perf_counter()
-        with torch.no_grad():
+        with torch.no_grad(), stepping(model, cache, batch) if name == RESIDENT else nullcontext():
             model.generate(
                 ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new, do_sample=False,
                 stopping_criteria=StoppingCriteriaList([watch]),
@@ -175,7 +190,7 @@ def measure(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new
     if cuda:
         row["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
     row["full KV GB"] = 2 * keys.numel() * keys.element_size() * batch * model.config.num_hidden_layers / 1e9
-    if name in ALAYA:
+    if settings is not None:
         stats = cache.stats()
         row["cache on device GB"], row["replays"] = stats["device_bytes"] / 1e9, stats["replays"]
         row["device share"] = stats["device_bytes"] / stats["total_bytes"]

@@ -20,14 +20,25 @@ def main(folder: str, ranks: int) -> None:
     if ranks > 1:
         warnings.filterwarnings("ignore", category=FutureWarning)
         plan = {"tp_plan": "auto"}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **plan)
-    ids = torch.arange(1, 200)[None] % 90 + 1
-    cache = AlayaCache(AlayaConfig(window=(4, 20), min_context=0))
+    cuda = torch.cuda.is_available()
+    if cuda and ranks > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    elif cuda:
+        plan = {"device_map": "cuda:0"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16 if cuda else torch.float32, **plan)
+    ids = (torch.arange(1, 200)[None] % 90 + 1).to(model.device)
+    # The collectives of a step are no part of a graph.
+    engine = {"engine": "device", "cuda_graphs": "none"} if cuda else {}
+    cache = AlayaCache(AlayaConfig(window=(4, 20), min_context=0, **engine))
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=8, do_sample=False
     )
     if int(os.environ.get("RANK", 0)) == 0:
-        print(json.dumps({"tokens": out[0, 199:].tolist(), "heads": [layer.store.kv_heads for layer in cache.layers]}))
+        print(
+            json.dumps(
+                {"tokens": out[0, 199:].tolist(), "heads": [layer.contents()[0].shape[1] for layer in cache.layers]}
+            )
+        )
 
 
 if __name__ == "__main__":

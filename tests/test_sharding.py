@@ -140,3 +140,16 @@ def test_host_memory_and_ranks():
     assert exact <= plan.host_cache <= 1.05 * exact
     assert plan.host_cache_per_rank == pytest.approx(plan.host_cache / 2, rel=0.05)
     assert "per rank" in str(plan) and len(str(plan).splitlines()) == 3
+
+
+def test_a_plan_needs_no_thresholds_of_one_layer(tmp_path):
+    """Sparse prefill's thresholds are those of all layers, and what a pass works with is found with one."""
+    from alaya_hf.engine.prefill.thresholds import Thresholds, model_shape
+
+    model = config(num_hidden_layers=3)
+    path = tmp_path / "k2.safetensors"
+    Thresholds(torch.zeros(3, 4, 8), model_shape(model), {}).save(path)
+    exact = AlayaConfig(min_context=0)
+    given = {"context": 800, "chunk": 256, "max_memory": {0: "1GiB"}}
+    sparse = memory_plan(model, config=exact.replace(prefill={"kind": "bsfa", "thresholds": str(path)}), **given)
+    assert sparse.devices == memory_plan(model, config=exact, **given).devices

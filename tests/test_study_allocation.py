@@ -12,60 +12,124 @@ from typer.testing import CliRunner
 
 from alaya_hf.errors import ConfigError
 from eval.__main__ import app
-from eval.studies.allocation_bsfa_70b.page import table
+from eval.studies.allocation_bsfa_70b.answer import answers, of_allocation, of_bsfa, of_memory
+from eval.studies.allocation_bsfa_70b.page import page
 from eval.studies.cells import Cells
 
-GRID = ["--shape", "tiny", "--device", "cpu", "--layers", "1", "--contexts", "512,700", "--batches", "1,2", "--chunk", "256",
-        "--new", "8", "--documents", "4", "--allocators", "paged,contiguous", "--k", "2"]  # fmt: skip
+GRID = ["--shape", "tiny", "--device", "cpu", "--layers", "0", "--few", "1", "--contexts", "512,700", "--chunk", "256",
+        "--new", "8", "--documents", "4", "--allocators", "paged,segment", "--k", "2", "--devices", "1", "--device-memory",
+        "64MiB", "--host-memory", "600KiB"]  # fmt: skip
 
 
 def _rows(folder):
     return [json.loads(line) for line in (folder / "rows.jsonl").open()]
 
 
-def test_from_the_command_to_the_page(tmp_path):
-    """Every cell of the grid, once; what does not fit says why; a second run measures nothing."""
-    pytest.importorskip("triton")  # the plan is one for GPUs
-    command = ["study", "allocation-bsfa-70b", *GRID, "--devices", "1", "--output", str(tmp_path)]
-    done = CliRunner().invoke(app, [*command, "--device-memory", "1GiB"])
+def _run(folder, *more):
+    done = CliRunner().invoke(app, ["study", "allocation-bsfa-70b", *GRID, "--output", str(folder), *more])
     assert done.exit_code == 0, done.output
-    found = _rows(tmp_path)
-    assert len(found) == 2 * 2 * (1 + 2 + 1 + 4) and not any("not run" in row for row in found), [
-        row for row in found if "not run" in row
+    return _rows(folder)
+
+
+def test_from_the_command_to_the_page(tmp_path):
+    """Every cell of the grid, once, most worthwhile first; what cannot run says why; a second run measures nothing."""
+    pytest.importorskip("triton")  # the plan is one for GPUs
+    stopped = _run(tmp_path, "--seconds", "1e-9")
+    assert stopped and all(row["later"] and "no time left" in row["not run"] for row in stopped)
+    assert "## Not run" in (tmp_path / "page.md").read_text()
+    found = _run(tmp_path)[len(stopped) :]
+    assert len(found) == len(stopped)
+    assert {row["settings"]["system"] for row in found if "not run" in row} == {"offloaded"}
+    order = [
+        (row["settings"]["part"], row["settings"]["context"], row["settings"]["batch"])
+        for row in found
+        if "layers" in row["settings"]
     ]
-    # One of two layers was timed.
+    assert order[0] == ("decode", 512, 1) and order[-1][0] == "prefill" and order[-1][1:] == (700, 2)
+    assert order.index(("prefill", 512, 1)) < order.index(("decode", 512, 2)) < order.index(("decode", 700, 1))
     for row in found:
+        limits = row["settings"]["part"] == "limits"
+        assert not limits or (row["alaya rows"] == 2 and row["resident rows"] > 0)
         if row["settings"]["part"] == "prefill":
-            assert row["time to first token s"] == pytest.approx(2 * row["measured s"])
-    assert CliRunner().invoke(app, [*command, "--device-memory", "1GiB"]).exit_code == 0
-    assert len(_rows(tmp_path)) == len(found)
+            assert row["planned GB"] > 0 and row["first token s"] == pytest.approx(row["measured s"])
+    assert _run(tmp_path) == [*stopped, *found]
     text = " ".join((tmp_path / "page.md").read_text().split())
-    assert "no number here says anything about the quality" in text and "## Not run" not in text
-    assert CliRunner().invoke(app, [*command, "--device-memory", "1MiB"]).exit_code == 0
-    assert len(_rows(tmp_path)) == len(found) + 4
-    text = (tmp_path / "page.md").read_text()
-    assert "## Not run" in text and "are available" in text
+    assert "says anything about the quality of an answer" in text and "needle multikey" in text
+    assert len((tmp_path / "cells.csv").read_text().splitlines()) == 1 + len(found)
 
 
-def _settings(part, context=8, batch=1, **more):
-    return {"part": part, "context": context, "batch": batch, **more}
+def test_few_layers_are_brought_to_all_in_a_straight_line(tmp_path, monkeypatch):
+    """What every step costs once is counted once."""
+    from eval.studies.allocation_bsfa_70b.measure import Bench
+
+    bench = Bench("llama-3-70b", 4, "cpu", 256, 8, 2, tmp_path, {0: "1GiB"}, 1 << 30, 1 << 30)
+    seen = []
+    monkeypatch.setattr(
+        bench, "_decode", lambda c, b, s, layers, a: seen.append(layers) or {"measured ms": 0.7 + 0.5 * layers}
+    )
+    row = bench.decode(1024, 2)
+    assert seen == [2, 4] and row["measured ms"] == 2.7
+    assert row["ms per token"] == pytest.approx(0.7 + 0.5 * 80) and row["tokens/s"] == pytest.approx(2000 / 40.7)
 
 
-def test_lines_are_joined_from_their_cells():
+def _row(part, batch=1, allocation=None, found=None, **more):
+    settings = {
+        "part": part,
+        "shape": "llama-3-8b",
+        "device": "a GPU",
+        "context": 8,
+        "batch": batch,
+        "layers": 32,
+        **more,
+    }
+    return {"settings": settings | {"allocation": allocation}, "seconds": 1.0, **(found or {})}
+
+
+def test_bounds_and_sentences_follow_from_the_cells():
+    ours = {"ms per token": 10.0, "tokens/s": 100.0, "device share": 0.25}
     rows = [
-        {"settings": _settings("prefill", prefill="dense"), "time to first token s": 3.0},
-        {"settings": _settings("prefill", batch=2, prefill="dense"), "not run": "no room"},
-        {"settings": _settings("decode"), "ms per token": 10.0},
-        {"settings": _settings("decode", batch=2), "ms per token": 16.0},
-        {"settings": _settings("plan"), "peak device GB": 5.0, "host GB": 1.0},
-        {"settings": _settings("plan", batch=2), "not run": "too large"},
-        {"settings": _settings("allocation", allocation="paged"), "fragmentation": 0.5},
+        _row("limits", found={"alaya rows": 6, "resident rows": 2}),
+        _row("decode", system="alaya", found=ours),
+        _row("decode", system="alaya", batch=6, found={"ms per token": 20.0, "tokens/s": 300.0, "device share": 0.24}),
+        _row(
+            "decode", system="alaya", batch=9, found={"ms per token": 1.0, "tokens/s": 9000.0}
+        ),  # more than is planned
+        _row("decode", system="resident", found={"ms per token": 9.0, "tokens/s": 111.0}),
+        _row("decode", system="full", found={"ms per token": 90.0, "tokens/s": 11.0}),
+        # One row more than planned, over all layers: it ran, so it counts.
+        _row("decode", system="resident", batch=3, found={"ms per token": 12.0, "tokens/s": 250.0}),
+        _row("decode", system="offloaded", found={"not run": "no room"}),
+        _row("prefill", prefill="dense", chunk=4, found={"first token s": 3.0, "planned / measured": 1.2}),
+        _row("prefill", prefill="bsfa", chunk=4, k=64, found={"first token s": 2.0, "skipped tiles": 0.5}),
+        _row("decode", system="alaya", allocation="paged", found={"ms per token": 11.0}),
+        _row("decode", system="alaya", allocation="segment", found={"ms per token": 10.0}),
+        _row(
+            "allocation", allocation="paged", found={"held / needed": 1.0, "calls per transfer": 1000.0, "refused": 0}
+        ),
+        _row(
+            "allocation", allocation="segment", found={"held / needed": 2.5, "calls per transfer": 10.0, "refused": 3}
+        ),
     ]
-    one, two = table(rows)
-    assert (one["first token s"], one["ms/token"], one["device GB"], one["fragmentation"]) == (3.0, 10.0, 5.0, 0.5)
-    # Two rows do not fit: the throughput is that of one.
-    assert one["largest batch"] == two["largest batch"] == 1 and two["tokens/s, largest batch"] == 100.0
-    assert two["first token s"] is None and two["device GB"] is None
+    found = {line["what"]: (line["measured"], line["holds"]) for line in answers(rows)}
+    assert found == {
+        "time per token / resident": (pytest.approx(10 / 9), "yes"),
+        "offloaded DynamicCache / time per token": (None, "not measured"),
+        "largest batch / resident's": (2.0, "yes"),
+        "tokens/s / resident's best": (pytest.approx(1.2), "no"),
+        "cache on the device, % of the full KV": (25.0, "no"),
+        "planned / measured peak of a prefill": (1.2, "no"),
+    }
+    (times,), (memory,), (bsfa,) = of_allocation(rows), of_memory(rows), of_bsfa(rows)
+    assert "`segment` 10 to `paged` 11 ms, 10.0 % apart" in times
+    assert "`paged` 1.00, `segment` 2.50" in memory and "100 times fewer" in memory and "`segment` 3;" in memory
+    assert "2 s instead of 3 s, 1.50 times as fast with 50 % of the tiles skipped" in bsfa
+    text = page(rows)
+    assert (
+        "3 of 6 bounds hold" not in text
+        and "2 of 6 bounds hold, 3 do not, 1 not measured" in text
+        and "no room" in text
+    )
+    assert "Nothing has been measured yet" in page([])
 
 
 def test_cells_say_why_and_are_measured_again_on_request(tmp_path):

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import json
+import os
+import subprocess
+import sys
+import warnings
+import weakref
+
 import pytest
 import torch
 
@@ -17,6 +25,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from alaya_hf import AlayaCache  # noqa: E402
 from alaya_hf.sharding import device_map, memory_plan  # noqa: E402
 from tests.gpu import layer_cases as cases  # noqa: E402
+from tests.test_parallel import _free_port  # noqa: E402
 
 TWO = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1, "model.rotary_emb": 0,
        "lm_head": 1}  # fmt: skip
@@ -38,10 +47,71 @@ def test_equal_to_one_gpu(settings):
         # Kernels of this device read the store in place, whichever device was current when it was registered.
         assert tokens.on_device.device == device and tokens.on_device.data_ptr() == tokens.store.data_ptr()
         assert torch.equal(tokens.on_device[0, :, 3].cpu(), tokens.store[0, :, 3])
+    assert cache.stats()["replays"] > 0
     # Rows move, and buffers that are no longer used come back to the pool of all devices.
     cache.crop(-20)
     cache.batch_select_indices(torch.tensor([1, 0]))
     assert cache.get_seq_length() == 300 + 11 - 20
+
+
+@pytest.fixture
+def two():
+    """Both blocks on one GPU each; a step that could not be captured only warns."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*could not be captured.*")
+        yield dispatch_model(cases.tiny_model("cpu"), TWO)
+
+
+def test_replayed_steps_are_the_steps(two, monkeypatch):
+    """A graph per device: rows of unequal length, buffers that grow in the middle of the answer, the window that overflows."""
+    from alaya_hf.engine.device import tokens
+
+    monkeypatch.setattr(tokens, "_STORE_STEP", 64)
+    monkeypatch.setattr(tokens, "_TILE_STEP", 0)
+    ids = cases.prompt(two, 150, rows=3)
+    mask = torch.ones_like(ids)
+    mask[0, :70], mask[2, :3] = 0, 0
+    cases.check_graphs(two, cases.DEFAULT, ids)
+    cases.check_graphs(two, cases.DEFAULT, ids, attention_mask=mask)
+
+
+def test_replayed_passes_of_several_tokens(two):
+    cases.check_captured_passes(two)
+
+
+def test_outputs_of_replays_are_not_overwritten(two):
+    ids, cache, kept = cases.prompt(two, 150), AlayaCache(cases.DEFAULT), []
+    with torch.no_grad():
+        two(ids, past_key_values=cache)
+        for token in range(1, 8):
+            out = two(input_ids=torch.tensor([[token]], device="cuda:0"), past_key_values=cache)
+            kept.append((out.logits, out.logits.clone()))
+    assert cache.stats()["replays"] >= 4
+    assert all(torch.equal(logits, copy) for logits, copy in kept)
+    gone = weakref.ref(cache)
+    gc.disable()
+    try:
+        del cache, out
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(tmp_path):
+    """Tensor parallelism over NCCL: each rank keeps its KV heads on its own GPU."""
+    cases.tiny_model("cpu", torch.float32).save_pretrained(tmp_path)
+    found = []
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(_free_port())]
+    for ranks, how in ((1, ["-m"]), (2, [*launch, "-m"])):
+        command = [sys.executable, *how, "tests.tensor_parallel", str(tmp_path), str(ranks)]
+        done = subprocess.run(
+            command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{"))))
+    assert found[0]["tokens"] == found[1]["tokens"]
+    assert (found[0]["heads"], found[1]["heads"]) == ([2, 2], [1, 1])
 
 
 def test_memory_registered_while_the_other_device_is_current():

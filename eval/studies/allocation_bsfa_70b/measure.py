@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,41 +14,54 @@ import numpy as np
 import torch
 
 from alaya_hf import AlayaCache, AlayaConfig
-from alaya_hf.engine.prefill.thresholds import Thresholds
+from alaya_hf.engine.prefill.thresholds import Thresholds, load_thresholds, model_shape
+from alaya_hf.errors import AlayaError
 from alaya_hf.kernels.sparse_prefill import Q_TILE
-from alaya_hf.sharding import memory_plan
+from alaya_hf.sharding import MemoryPlan, memory_plan
 from alaya_hf.storage.allocators import KVShape
+from alaya_hf.storage.pinned import pinned_pool
 from eval import speed_model
 from eval.calibrate_bsfa import calibrate
 from eval.legal_trace import legal_trace
 from eval.random_model import random_model, shape_config
 from eval.replay import GIB, replay
 from eval.speed_alloc import built, needed_tokens
-from eval.speed_prefill import prefill_once
+from eval.speed_prefill import prefill_once, weight_bytes
 
 PREFILLS = ("dense", "bsfa", "blasst", "retrieval")
+BASELINES = ("resident", "full", "static_compiled", "offloaded")
+#: Whether the engine's own store can be handed out by an allocator, so that times depend on it.
+ALLOCATES = "allocator" in {each.name for each in dataclasses.fields(AlayaConfig)}
 _WARM = 4096  # tokens that compile the kernels before anything is timed
+_CALIBRATED = 131072  # tokens that BSFA's thresholds are made from, at most
+_MOST_ROWS = 64  # that are looked for
 
 
 @dataclass
 class Bench:
-    """A model of few of the shape's layers, and what is needed to measure with it.
+    """A model of the shape, or of few of its layers, and what is needed to measure with it.
 
     Parameters
     ----------
     shape : str
         Of :data:`~eval.random_model.SHAPES`.
     layers : int
-        Of the model; times are scaled to the shape's. 0: all.
+        Of the model that is held; times of fewer than the shape's are brought to all of them. 0: all.
     device : str
     chunk : int
-        Tokens of a prefill pass.
+        Tokens of a prefill pass, all rows together.
     new : int
         Tokens to decode.
     k : int
         Tiles per block of queries that BSFA's thresholds keep.
     folder : Path
         For the thresholds.
+    room : dict of device to str
+        Of the machine that the whole shape is planned for.
+    host : int
+        Bytes of host memory of that machine for offloaded contexts.
+    here : int
+        Bytes of host memory of this machine for the same.
     """
 
     shape: str
@@ -55,8 +71,13 @@ class Bench:
     new: int
     k: int
     folder: Path
+    room: dict[int | str, str]
+    host: int
+    here: int
     _model: Any = None
-    _warm: set[str] = field(default_factory=set)
+    _warm: set[tuple[Any, ...]] = field(default_factory=set)
+    _context: tuple[int, Any] | None = None
+    _limits: dict[int, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def cuda(self) -> bool:
@@ -74,9 +95,14 @@ class Bench:
         return shape_config(self.shape, torch.bfloat16)
 
     @property
-    def scale(self) -> float:
-        """Layers of the shape per layer measured."""
-        return self.whole.num_hidden_layers / self.model.config.num_hidden_layers
+    def all_layers(self) -> int:
+        """Of the shape."""
+        return int(self.whole.num_hidden_layers)
+
+    @property
+    def held(self) -> int:
+        """Layers of the model that is held."""
+        return min(self.layers, self.all_layers) if self.layers else self.all_layers
 
     @property
     def model(self) -> Any:
@@ -85,78 +111,195 @@ class Bench:
             self._model = random_model(self.shape, self.device, self.dtype, self.layers)
         return self._model
 
-    def settings(self, prefill: str, context: int) -> AlayaConfig:
-        """Of the cache, with one of :data:`PREFILLS`."""
+    @contextmanager
+    def only(self, layers: int) -> Iterator[Any]:
+        """The model, of which the first so many layers run."""
+        config = self.model.config
+        config.num_hidden_layers = layers
+        try:
+            yield self.model
+        finally:
+            config.num_hidden_layers = self.held
+
+    # Settings ---------------------------------------------------------------------------------------------------------
+
+    def settings(self, prefill: str, context: int, batch: int, layers: int, allocation: str | None) -> AlayaConfig:
+        """Of the cache, with one of :data:`PREFILLS`; the store in 8 bits where this machine's memory asks for it."""
         base = speed_model.DEVICE if self.cuda else speed_model.DEVICE.replace(engine="host")
+        if allocation is not None:
+            changes: dict[str, Any] = {"allocator": allocation}
+            base = base.replace(**changes)
+        if self.cuda:
+            base = base.replace(store_dtype=self.store(context, batch, layers, self.here))
         if prefill == "retrieval":
-            return base.replace(engine="host", prefill={"kind": "retrieval"})
+            return base.replace(engine="host", store_dtype="auto", prefill={"kind": "retrieval"})
         if prefill == "bsfa":
-            return base.replace(prefill={"kind": "bsfa", "thresholds": str(self._thresholds(context))})
+            return base.replace(prefill={"kind": "bsfa", "thresholds": str(self._thresholds(context, layers))})
         return base.replace(prefill={"dense": "exact"}.get(prefill, prefill))
 
-    def _thresholds(self, context: int) -> Path:
-        """Calibrated on random tokens; beyond what is calibrated, the last block's."""
-        tokens = min(context, 32768 if self.cuda else 1024)
-        path = (
-            self.folder / f"bsfa-{self.shape}-{self.layers}-{self.device.split(':')[0]}-{context}-k{self.k}.safetensors"
-        )
-        if not path.exists():
-            ids = torch.randint(1, self.model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
-            self.model.set_attn_implementation("sdpa")
-            with torch.no_grad():
-                found = calibrate(self.model, [ids.tolist()], [self.k], f"random {self.shape}")[self.k]
-            blocks = max(-(-context // Q_TILE), -(-_WARM // Q_TILE)) + 1
-            rest = found.table[:, :, -1:].expand(-1, -1, max(0, blocks - found.table.shape[2]))
-            self.folder.mkdir(parents=True, exist_ok=True)
-            Thresholds(torch.cat([found.table, rest], dim=2).contiguous(), found.shape, found.about).save(path)
+    def store(self, context: int, batch: int, layers: int, host: int) -> str:
+        """``auto``, the model's own precision, where a context of so many layers fits into the host's memory; else ``int8``."""
+        config = shape_config(self.shape, torch.bfloat16, layers)
+        needed = batch * (context + self.new) * config.num_hidden_layers * _token_bytes(config)
+        # Blocks of the store grow in steps.
+        return "auto" if 1.05 * needed <= host else "int8"
+
+    def rows_chunk(self, batch: int) -> int:
+        """Tokens of a prefill pass of each row, whole tiles."""
+        return max(Q_TILE, self.chunk // batch // Q_TILE * Q_TILE)
+
+    def _thresholds(self, context: int, layers: int) -> Path:
+        """Calibrated on random tokens with one layer, which random weights make like all others; beyond, the last block's."""
+        folder, tokens = self.folder, min(context, _CALIBRATED if self.cuda else 1024)
+        name = f"bsfa-{self.shape}-{self.device.split(':')[0]}-{context}-k{self.k}"
+        path = folder / f"{name}-{layers}.safetensors"
+        if path.exists():
+            return path
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.only(1) as model:
+            one = folder / f"{name}-{1}.safetensors"
+            if not one.exists():
+                ids = torch.randint(1, model.config.vocab_size, (tokens,), generator=torch.Generator().manual_seed(0))
+                model.set_attn_implementation("sdpa")
+                found = calibrate(model, [ids.tolist()], [self.k], f"random {self.shape}")[self.k]
+                blocks = max(-(-context // Q_TILE), -(-_WARM // Q_TILE)) + 1
+                rest = found.table[:, :, -1:].expand(-1, -1, max(0, blocks - found.table.shape[2]))
+                Thresholds(torch.cat([found.table, rest], dim=2).contiguous(), found.shape, found.about).save(one)
+        if layers > 1:
+            found = load_thresholds(str(one))
+            with self.only(layers) as model:
+                shape = model_shape(model.config)
+            Thresholds(found.table.expand(layers, -1, -1).contiguous(), shape, found.about).save(path)
         return path
 
-    def prefill(self, prefill: str, context: int, batch: int) -> dict[str, Any]:
-        """Time to first token of a prompt in chunks, offloading as it goes."""
-        model, settings = self.model, self.settings(prefill, context)
-        model.set_attn_implementation("alaya")
-        vocabulary = model.config.vocab_size
-        if prefill not in self._warm:
-            warm = torch.randint(1, vocabulary, (1, min(context, _WARM)), device=self.device)
-            prefill_once(model, AlayaCache(settings, config=model.config), warm, max(1, warm.shape[1] // 2))
-            self._warm.add(prefill)
-        ids = torch.randint(1, vocabulary, (batch, context), device=self.device)
-        cache = AlayaCache(settings, config=model.config)
-        cache.reserve(context)
+    # Cells ------------------------------------------------------------------------------------------------------------
+
+    def prefill(self, prefill: str, context: int, batch: int, layers: int, allocation: str | None) -> dict[str, Any]:
+        """Time to first token of a prompt in chunks, offloading as it goes; memory as measured and as planned."""
+        self._context = None  # its memory is no prefill's
+        settings, scale = self.settings(prefill, context, batch, layers, allocation), self.all_layers / layers
+        chunk, sparse = self.rows_chunk(batch), prefill in ("bsfa", "blasst")
+        with self.only(layers) as model:
+            model.set_attn_implementation("alaya")
+            vocabulary = model.config.vocab_size
+            kind = (prefill, layers, allocation, settings.store_dtype)
+            if kind not in self._warm:
+                warm = torch.randint(1, vocabulary, (1, min(context, _WARM)), device=self.device)
+                prefill_once(model, AlayaCache(settings, config=model.config), warm, max(1, warm.shape[1] // 2))
+                self._warm.add(kind)
+            ids = torch.randint(1, vocabulary, (batch, context), device=self.device)
+            # Only a probe knows how many tiles were skipped; it waits for the device once a layer and chunk.
+            cache = AlayaCache(settings, config=model.config, probe=sparse)
+            cache.reserve(context)
+            if self.cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(self.device)
+            seconds = prefill_once(model, cache, ids, chunk)
+            stats = cache.stats()
+        row = {"measured s": seconds, "first token s": seconds * scale, "store": settings.store_dtype}
+        row["host GB"] = (stats["offloaded_bytes"] + stats["index_bytes"]) * scale / 1e9
+        row |= {"skipped tiles": stats.get("skipped_tiles")} if sparse else {}
+        row["planned GB"] = self._planned(settings, context, batch, layers, chunk) / 1e9
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-        seconds = prefill_once(model, cache, ids, self.chunk)
-        stats = cache.stats()
-        row = {"measured s": seconds, "time to first token s": seconds * self.scale}
-        row["host GB"] = (stats["offloaded_bytes"] + stats["index_bytes"]) * self.scale / 1e9
-        if self.cuda:
-            row["measured peak GB"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            row["peak GB"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            row["reserved GB"] = torch.cuda.max_memory_reserved(self.device) / 1e9
+            row["planned / measured"] = row["planned GB"] / row["peak GB"]
         return row
 
-    def decode(self, context: int, batch: int) -> dict[str, Any]:
-        """Time per token over a store that was filled with synthetic keys."""
-        model = self.model
-        keys, values, queries = speed_model.context_of(model.config, context, self.device, self.dtype)
-        speed_model._queries[:] = [] if queries is None else queries.unsqueeze(3)
-        name = "alaya" if self.cuda else "alaya, host engine"
-        found = speed_model.measure(name, model, keys, values, batch, self.new)
-        row = {"measured ms": found["ms"], "ms per token": found["ms"] * self.scale}
-        row["MB over the bus per token"] = found["bus MB per token"] * self.scale
-        if "peak GB" in found:
-            row["measured peak GB"] = found["peak GB"]
+    def _planned(self, settings: AlayaConfig, context: int, batch: int, layers: int, chunk: int) -> int:
+        """What :func:`~alaya_hf.sharding.memory_plan` says that these layers need on a device, and the weights of the others."""
+        config = shape_config(self.shape, torch.bfloat16, layers)
+        (share,) = memory_plan(
+            config, context=context, batch=batch, config=settings, max_memory={0: 1 << 50}, dtype=torch.bfloat16, chunk=chunk
+        ).devices.values()  # fmt: skip
+        return share.needed - share.weights + weight_bytes(self.model, self.held)
+
+    def decode(
+        self, context: int, batch: int, system: str = "alaya", layers: int = 0, allocation: str | None = None
+    ) -> dict[str, Any]:
+        """Time per token over a store that was filled with synthetic keys; of few layers, from two numbers of them."""
+        layers = layers or self.held
+        fewer = [] if layers == self.all_layers or layers == 1 else [max(1, layers // 2)]
+        times = {each: self._decode(context, batch, system, each, allocation) for each in (*fewer, layers)}
+        row = times[layers]
+        if fewer:
+            (less,) = fewer
+            each = (row["measured ms"] - times[less]["measured ms"]) / (layers - less)
+            row["ms per token"] = times[less]["measured ms"] + each * (self.all_layers - less)
+        else:
+            row["ms per token"] = row["measured ms"] * self.all_layers / layers
+        row["tokens/s"] = 1000 * batch / row["ms per token"]
         return row
 
-    def plan(self, context: int, batch: int, room: dict[int | str, str]) -> dict[str, Any]:
-        """What the whole shape takes, on the devices and on the host."""
-        found = memory_plan(
-            self.whole, context=context + self.new, batch=batch, config=speed_model.DEVICE, max_memory=room,
-            dtype=torch.bfloat16, chunk=self.chunk,
+    def _decode(self, context: int, batch: int, system: str, layers: int, allocation: str | None) -> dict[str, Any]:
+        with self.only(layers) as model:
+            if self._context is None or self._context[0] != context:
+                self._context = None
+                self._context = context, speed_model.context_of(model.config, context, self.device, self.dtype)
+            keys, values, queries = self._context[1]
+            speed_model._queries[:] = [] if queries is None else queries.unsqueeze(3)
+            settings = self.settings("dense", context, batch, layers, allocation) if system == "alaya" else None
+            new = speed_model._steps(system, self.new)
+            found = speed_model.measure(system, model, keys, values, batch, new, settings)
+        row = {"measured ms": found["ms"], "p95 ms": found["p95 ms"]}
+        row |= {"peak GB": found["peak GB"]} if "peak GB" in found else {}
+        if settings is not None:
+            row |= {"store": settings.store_dtype, "replays": found["replays"], "device share": found["device share"]}
+            row["MB over the bus per token"] = found["bus MB per token"] * self.all_layers / layers
+        return row
+
+    def planned(self, context: int, batch: int, host: int | None = None) -> MemoryPlan:
+        """Of the whole shape on the machine it is planned for.
+
+        Raises
+        ------
+        AlayaError
+            If it does not fit.
+        """
+        host = self.host if host is None else host
+        settings = speed_model.DEVICE.replace(store_dtype=self.store(context, batch, self.all_layers, host))
+        plan = memory_plan(
+            self.whole, context=context + self.new, batch=batch, config=settings, max_memory=self.room,
+            dtype=torch.bfloat16, chunk=self.rows_chunk(batch),
         )  # fmt: skip
+        if plan.host_cache > host:
+            raise AlayaError(
+                f"{batch} x {context:,} tokens take {plan.host_cache / GIB:.1f} GiB of host memory in 8 bits, and "
+                f"{host / GIB:.1f} are available. Use a smaller batch."
+            )
+        return plan
+
+    def limits(self, context: int) -> dict[str, Any]:
+        """Most rows that fit on the machine planned for: offloaded; resident, where only weights, keys and values count."""
+        if context not in self._limits:
+            rows, plan = 0, None
+            while rows < _MOST_ROWS:
+                try:
+                    plan = self.planned(context, rows + 1)
+                except AlayaError:
+                    break
+                rows += 1
+            if plan is None:
+                plan = memory_plan(self.whole, context=64, config=speed_model.DEVICE, max_memory={0: 1 << 50}, chunk=64)
+            weights = sum(share.weights for share in plan.devices.values())
+            config = self.whole
+            row = (context + self.new) * config.num_hidden_layers * _token_bytes(config)
+            resident = max(0, (sum(map(_bytes, self.room.values())) - weights) // row)
+            self._limits[context] = {"alaya rows": rows, "resident rows": min(_MOST_ROWS, int(resident))}
+        return self._limits[context]
+
+    def plan(self, context: int, batch: int) -> dict[str, Any]:
+        """What the whole shape takes, on the devices and on the host."""
+        found = self.planned(context, batch)
         shares = list(found.devices.values())
+        cache = sum(share.cache for share in shares)
+        config = self.whole
         return {
-            "peak device GB": max(share.needed for share in shares) / 1e9,
+            "store": self.store(context, batch, self.all_layers, self.host),
+            "fullest device GB": max(share.needed for share in shares) / 1e9,
             "weights GB": sum(share.weights for share in shares) / 1e9,
-            "cache GB": sum(share.cache for share in shares) / 1e9,
+            "cache GB": cache / 1e9,
+            "of the full KV %": 100 * cache / (batch * context * config.num_hidden_layers * _token_bytes(config)),
             "working GB": max(share.working for share in shares) / 1e9,
             "host GB": found.host_cache / 1e9,
         }
@@ -168,18 +311,38 @@ class Bench:
         lengths = rng.integers(max(1, context // 2), context + 1, documents).tolist()
         events = legal_trace(lengths, rng, batch, 2, self.chunk)
         most, reserve = needed_tokens(events), context + 1024
-        capacity = int(1.2 * most) * shape.token_bytes
         allocator = built(name, shape, reserve)
+        ample = allocator.open(shape, batch * 6 * reserve * shape.token_bytes)
+        free = replay(events, ample)
+        capacity = int(1.2 * most) * shape.token_bytes
         result = replay(events, allocator.open(shape, capacity), allocator.open(shape, capacity))
-        points = result.points
-        reserved, needed = (sum(point[key] for point in points) for key in ("reserved", "needed"))
+        reserved, needed = (sum(point[key] for point in free.points) for key in ("reserved", "needed"))
         return {
-            "peak reserved GB": max((point["reserved"] for point in points), default=0.0) * GIB / 1e9,
             "needed GB": most * shape.token_bytes / 1e9,
+            "held GB": ample.stats.peak_reserved / 1e9,
+            "held / needed": ample.stats.peak_reserved / (most * shape.token_bytes),
             "not needed %": 100 * (1 - needed / reserved) if reserved else 0.0,
-            "fragmentation": statistics.fmean(point["fragmentation"] for point in points) if points else 0.0,
+            "copied GB": ample.stats.bytes_copied / 1e9,
+            "fragmentation": statistics.fmean(point["fragmentation"] for point in result.points)
+            if result.points
+            else 0.0,
             "refused": result.refused,
             "transfers": result.transfers,
             "calls per transfer": result.calls / max(1, result.transfers),
             "block by block": result.apart / max(1, result.transfers),
         }
+
+    def give_back(self) -> None:
+        """Let go of host memory that nobody uses."""
+        pinned_pool().trim()
+
+
+def _token_bytes(config: Any) -> int:
+    """Of one layer's keys and values of a token, in two bytes a number."""
+    return 2 * int(config.num_key_value_heads) * int(config.head_dim) * 2
+
+
+def _bytes(size: int | str) -> int:
+    from accelerate.utils import convert_file_size_to_int
+
+    return int(convert_file_size_to_int(size))
