@@ -18,7 +18,7 @@ from alaya_hf.storage.db.records import NAME, StoredRecords
 from alaya_hf.storage.db.registered import RegisteredFile
 from alaya_hf.storage.db.vector_file import VectorFile
 
-_SLICE = 1 << 12  # blocks verified at a time by one thread: 16 MiB
+_SLICE = 1 << 13  # blocks verified at a time by one thread: 32 MiB
 _THREADS = 16
 
 
@@ -158,21 +158,21 @@ class Loader:
             made.record(torch.cuda.current_stream(device))
             target.record_stream(side_stream(device, "read"))
         checks = [
-            check for piece in records for check in self._check(piece.file, [piece.file.blocks_of(NAME)], "records", "index")
+            check for piece in records for check in self._check(piece.file, [piece.file.blocks_of(NAME)], "records")
         ]  # fmt: skip
         arrival._records = _pools("records")[1].submit(_bring_records, checks, list(records), target, device, made)
         self._pending.append(arrival._records)
         return arrival
 
     def _bring_vectors(self, needed: Needed, device: torch.device) -> Future[None]:
-        checks = self._check(needed.registered.file, needed.blocks(), "vectors", "data")
+        checks = self._check(needed.registered.file, needed.blocks(), "vectors")
         work = _pools("vectors")[1].submit(_bring_vectors, checks, needed.registered, device)
         self._pending.append(work)
         return work
 
-    def _check(self, file: VectorFile, blocks: Iterable[range], pool: str, kind: str) -> list[Future[None]]:
+    def _check(self, file: VectorFile, blocks: Iterable[range], pool: str) -> list[Future[None]]:
         checks = [
-            _pools(pool)[0].submit(file.verify, span[at : at + _SLICE], kind)
+            _pools(pool)[0].submit(file.verify, span[at : at + _SLICE])
             for span in blocks
             for at in range(0, len(span), _SLICE)
         ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit, prange
 
-__all__ = ["BLOCK", "block_checksums", "block_checksums_reference", "first_damaged"]
+__all__ = ["BLOCK", "block_checksums", "block_checksums_reference", "first_damaged", "verify_range"]
 
 BLOCK = 4096  # bytes, a page: what is checked is what a fault brings in
 _STRIPES = BLOCK // 32
@@ -73,6 +73,20 @@ def _compare_alone(words, blocks, sums, same):
         same[i] = _xxh64(words, block * (BLOCK // 8), np.uint64(block)) == sums[block]
 
 
+@njit(cache=True, nogil=True, error_model="numpy")
+def verify_range(words, sums, verified, start, stop):
+    """Number of the first of blocks ``start`` to ``stop - 1`` that does not have its checksum, or -1; the others are noted.
+
+    Runs in the calling thread without the interpreter's lock, and does all there is to do without it.
+    """
+    for block in range(start, stop):
+        if not verified[block]:
+            if _xxh64(words, block * (BLOCK // 8), np.uint64(block)) != sums[block]:
+                return block
+            verified[block] = True
+    return -1
+
+
 def _words(data: np.ndarray) -> np.ndarray:
     if data.dtype != np.uint8 or data.ndim != 1 or data.size % BLOCK:
         raise ValueError(f"expected a flat uint8 array of whole {BLOCK}-byte blocks, got {data.dtype} {data.shape}")
@@ -98,7 +112,8 @@ def block_checksums(data: np.ndarray, first: int = 0, alone: bool = False) -> np
     first : int
         Number of the first block in its file; it seeds the sum, so that blocks that change places are noticed.
     alone : bool
-        The calling thread does it all, see :func:`first_damaged`.
+        The calling thread does it all: threads of one's own may not start numba's, not every layer of which bears two at a
+        time.
 
     Returns
     -------
@@ -120,14 +135,13 @@ def block_checksums(data: np.ndarray, first: int = 0, alone: bool = False) -> np
     return out
 
 
-def first_damaged(data: np.ndarray, blocks: np.ndarray, sums: np.ndarray, alone: bool = False) -> int:
+def first_damaged(data: np.ndarray, blocks: np.ndarray, sums: np.ndarray) -> int:
     """Number of the first of ``blocks`` (int64) whose bytes in ``data`` do not have the checksum in ``sums``, or -1.
 
-    With ``alone`` the calling thread does it all: threads of one's own may not start numba's, not every layer of which
-    bears two at a time. It does too where there is little to do: waking numba's threads takes longer, above all beside others.
+    The calling thread does it all where there is little to do: waking numba's threads takes longer, above all beside others.
     """
     same = np.empty(blocks.size, np.bool_)
-    (_compare_alone if alone or blocks.size <= _FEW else _compare)(_words(data), blocks, sums, same)
+    (_compare_alone if blocks.size <= _FEW else _compare)(_words(data), blocks, sums, same)
     return -1 if bool(same.all()) else int(blocks[int(np.argmin(same))])
 
 

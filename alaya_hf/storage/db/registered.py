@@ -41,8 +41,8 @@ class RegisteredFile:
     -----
     ``cudaHostRegister`` with the flag "read only" of a mapping that is shared and read-only (a writable one of a disk file is
     refused): about 0.03 s per GiB with the file in the page cache. It pins the pages: they stay in memory, whatever a buffer
-    manager's budget, until the last session lets go. Records and vectors are registered one by one; a page that both lie on
-    goes with the records. Without CUDA nothing is registered.
+    manager's budget, until the last session lets go. Records and vectors are registered one by one, unless they
+    share a page: a copy that crosses from one registration to another is refused. Without CUDA nothing is registered.
     """
 
     def __init__(self, file: VectorFile, key: Any) -> None:
@@ -80,7 +80,6 @@ class RegisteredFile:
         with self._lock:
             self._devices.add(device)
             if not self._done:
-                # The page in the middle comes with the records.
                 refused = device.type == "cuda" and (
                     not self._register_records(device) or self._register(device, 0, self._split) is not None
                 )
@@ -102,8 +101,8 @@ class RegisteredFile:
 
     @property
     def _split(self) -> int:
-        """Bytes of the vectors, whole pages."""
-        return self.kv.nbytes // BLOCK * BLOCK
+        """Bytes of the vectors, if they end with a page; otherwise 0: all is registered at once."""
+        return 0 if self.kv.nbytes % BLOCK else self.kv.nbytes
 
     def _register_records(self, device: torch.device) -> bool:
         if not self._records_done:

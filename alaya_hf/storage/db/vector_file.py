@@ -1,7 +1,7 @@
 """Vector files: safetensors with one layer of one segment, checksummed, read in place.
 
-Layout: the header (JSON, padded with spaces to a whole page), ``kv`` ``[kv_heads, tokens, 2, head_dim]``, what is stored
-beside it, padding to a whole page, and ``checksums`` of every page before them. The catalog keeps digests of the header
+Layout: the header (JSON, padded with spaces to a whole page), ``kv`` ``[kv_heads, tokens, 2, head_dim]``, padded to a whole
+page, what is stored beside it, padding to a whole page, and ``checksums`` of every page before them. The catalog keeps digests of the header
 and of the checksums, which makes it the root of what is trusted.
 """
 
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from alaya_hf.errors import CorruptStoreError, StoreError
-from alaya_hf.kernels.cpu.checksum import BLOCK, block_checksums, first_damaged
+from alaya_hf.kernels.cpu.checksum import BLOCK, block_checksums, first_damaged, verify_range
 from alaya_hf.kernels.cpu.fetch import fetch_rows
 from alaya_hf.storage.db.buffer_manager import FRAME, BufferManager
 from alaya_hf.storage.db.hashing import digest
@@ -115,7 +115,7 @@ def _bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
-def _header(sources: Mapping[str, Source], metadata: Mapping[str, str], blocks: int, padding: int) -> bytes:
+def _header(sources: Mapping[str, Source], metadata: Mapping[str, str], blocks: int, padding: int, gap: int) -> bytes:
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     at = 0
 
@@ -127,6 +127,8 @@ def _header(sources: Mapping[str, Source], metadata: Mapping[str, str], blocks: 
 
     for name, source in sources.items():
         add(name, source.dtype, source.shape)
+        if name == "kv" and gap:
+            add("gap", torch.uint8, (gap,))
     add("padding", torch.uint8, (padding,))
     add("checksums", torch.int64, (blocks,))
     text = json.dumps(entries, separators=(",", ":")).encode()
@@ -169,10 +171,12 @@ def write_vectors(fd: int, layer: int, sources: Mapping[str, Source], metadata: 
             )
     order = sorted(sources, key=lambda name: (name != "kv", -sources[name].dtype.itemsize))
     sources = {name: sources[name] for name in order}
-    data = sum(source.nbytes for source in sources.values())
+    # Vectors and what is beside them share no page: the one is registered with a device without the other.
+    gap = _pad(sources["kv"].nbytes) if len(sources) > 1 and "kv" in sources else 0
+    data = sum(source.nbytes for source in sources.values()) + gap
     padding = _pad(data)
     blocks = (data + padding) // BLOCK
-    header = _header(sources, metadata, blocks, padding)
+    header = _header(sources, metadata, blocks, padding, gap)
     total = len(header) + data + padding + 8 * blocks
     # Room is taken before anything is written: a full disk shows here.
     if hasattr(os, "posix_fallocate"):
@@ -190,8 +194,9 @@ def write_vectors(fd: int, layer: int, sources: Mapping[str, Source], metadata: 
         done += count
         filled = 0
 
-    for source in sources.values():
-        for piece in source.pieces:
+    for name, source in sources.items():
+        zeros = [torch.zeros(gap, dtype=torch.uint8)] if name == "kv" and gap else []
+        for piece in [*source.pieces, *zeros]:
             part = _bytes_of(piece)
             at = 0
             while at < part.size:
@@ -311,6 +316,7 @@ class VectorFile:
         sums = self.tensors.pop("checksums")
         self._checksums = sums.numpy().view(np.uint64)
         self._data = np.frombuffer(self.map, np.uint8, self._checksums.size * BLOCK, self.offset)
+        self._words = self._data.view(np.uint64)
         self._verified = np.zeros(self._checksums.size, np.bool_)
         self._places = {name: (tensor.data_ptr(), tensor.nbytes) for name, tensor in self.tensors.items()}
         self._base = self._data.ctypes.data
@@ -375,11 +381,14 @@ class VectorFile:
             page = start // mmap.PAGESIZE * mmap.PAGESIZE
             self.map.madvise(mmap.MADV_WILLNEED, page, start + size - page)
 
-    def verify(self, blocks: range, kind: str) -> None:
-        """:meth:`check_blocks` for threads of one's own; asks the system to read the blocks ahead."""
+    def verify(self, blocks: range) -> None:
+        """:meth:`check_blocks` for threads of one's own, and for pages that stay; asks the system to read the blocks ahead."""
+        sums = self.check_sums()
         if blocks and not self._verified[blocks.start : blocks.stop].all():
             read_ahead(self._base + blocks.start * BLOCK, len(blocks) * BLOCK)
-            self.check_blocks(np.arange(blocks.start, blocks.stop), kind, alone=True)
+            bad = verify_range(self._words, sums, self._verified, blocks.start, blocks.stop)
+            if bad >= 0:
+                raise self._mismatch(int(bad))
 
     def scattered(self) -> None:
         """Say that rows of ``kv`` are about to be read here and there: a fault brings one page then, not those around it."""
@@ -405,11 +414,10 @@ class VectorFile:
         """
         sums = self.check_sums()
         heads, tokens = self.tensors["kv"].shape[:2]
-        words = self._data.view(np.uint64)
         rows = out.view(np.uint64)
         assert self._places["kv"][0] == self._base
         bad = fetch_rows(
-            words, sums, self._verified, ids, counts, firsts, lasts, origin, heads, tokens, rows.shape[-1], rows,
+            self._words, sums, self._verified, ids, counts, firsts, lasts, origin, heads, tokens, rows.shape[-1], rows,
             lists.start, lists.stop,
         )  # fmt: skip
         if bad >= 0:
@@ -444,19 +452,16 @@ class VectorFile:
         last = first + (nbytes - start if size is None else size)
         return range(first // BLOCK, -(-last // BLOCK) if last > first else first // BLOCK)
 
-    def check_blocks(self, blocks: np.ndarray, kind: str, alone: bool = False) -> None:
-        """Verify blocks by number (int64, ascending), those that were not verified before.
-
-        With ``alone`` in the calling thread, which may be any, and without the buffer manager: for pages that stay.
-        """
+    def check_blocks(self, blocks: np.ndarray, kind: str) -> None:
+        """Verify blocks by number (int64, ascending), those that were not verified before."""
         if not blocks.size:
             return
         sums = self.check_sums()
-        if self._buffers is not None and not alone:
+        if self._buffers is not None:
             self._buffers.touch(self, kind, np.unique((blocks * BLOCK + self.offset) // FRAME).tolist())
         new = blocks[~self._verified[blocks]]
         if new.size:
-            bad = first_damaged(self._data, new, sums, alone)
+            bad = first_damaged(self._data, new, sums)
             if bad >= 0:
                 raise self._mismatch(bad)
             self._verified[new] = True
