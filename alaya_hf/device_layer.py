@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 from copy import deepcopy
 from typing import TYPE_CHECKING
 
@@ -77,6 +78,7 @@ class DeviceLayer(AlayaLayer):
         probe: Probe | None = None,
         shared: DeviceShared | None = None,
     ) -> None:
+        self._window: Future[list[Tensor]] | None = None  # of a stored context that is about to be attached
         super().__init__(config, layer_idx, forward, probe)
         self.plan = device_plan(self.config, layer_idx)
         self.shared = shared if shared is not None else DeviceShared()
@@ -236,6 +238,17 @@ class DeviceLayer(AlayaLayer):
     # Stored contexts --------------------------------------------------------------------------------------------------
 
     @_outside_inference_mode
+    def expect_stored(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device, loader: Loader) -> None:
+        """Begin to read what :meth:`attach_stored` needs at once, beside the other layers; the same arguments."""
+        if self._columns:
+            raise AlayaError(f"layer {self.layer_idx} holds {self._columns} tokens already. Attach to an empty cache.")
+        empty = torch.empty(1, stored.kv_heads, 0, stored.head_dim, dtype=dtype, device=device)
+        self.lazy_initialization(empty, empty)
+        assert self.tokens is not None
+        if self.tokens.can_attach(stored):
+            self._window = self.tokens.read_window(stored, loader)
+
+    @_outside_inference_mode
     def attach_stored(self, stored: StoredLayer, dtype: torch.dtype, device: torch.device, loader: Loader) -> bool:
         """Take a stored context into an empty layer; returns whether it is attended where it lies.
 
@@ -260,14 +273,15 @@ class DeviceLayer(AlayaLayer):
         """
         if self._columns:
             raise AlayaError(f"layer {self.layer_idx} holds {self._columns} tokens already. Attach to an empty cache.")
-        empty = torch.empty(1, stored.kv_heads, 0, stored.head_dim, dtype=dtype, device=device)
-        self.lazy_initialization(empty, empty)
+        if self._window is None:
+            self.expect_stored(stored, dtype, device, loader)
         assert self.tokens is not None
-        if not self.tokens.can_attach(stored):
+        window, self._window = self._window, None
+        if window is None or not self.tokens.can_attach(stored):
             kv = stored.read(0, stored.tokens).to(device, dtype)
             self.fill(kv[None, :, :, 0], kv[None, :, :, 1])
             return False
-        self.tokens.attach(stored, loader)
+        self.tokens.attach(stored, loader, window)
         self._columns = stored.tokens
         return True
 

@@ -198,6 +198,10 @@ class Session(AlayaCache):
                 if loader is None:
                     loader = Loader()
                     loader.expect(run.file for each in layers for run in each.files())
+                layer.expect_stored(stored, dtype, torch.device(device), loader)
+        for layer, stored, device in zip(self.layers, layers, where, strict=True):
+            if isinstance(layer, DeviceLayer):
+                assert loader is not None
                 layer.attach_stored(stored, dtype, torch.device(device), loader)
                 continue
             config = layer.config

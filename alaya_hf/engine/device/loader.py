@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from alaya_hf.engine.device.stream import side_stream
+from alaya_hf.storage.db.reader import StoredLayer
 from alaya_hf.storage.db.records import NAME, StoredRecords
 from alaya_hf.storage.db.registered import RegisteredFile
 from alaya_hf.storage.db.vector_file import VectorFile
+from alaya_hf.storage.pinned import pinned_pool
 
 _SLICE = 1 << 13  # blocks verified at a time by one thread: 32 MiB
 _THREADS = 16
@@ -139,6 +141,21 @@ class Loader:
         """Verify the checksums of files that are about to be asked for, side by side; what is wrong shows when they are."""
         self._pending += [_pools("records")[0].submit(file.check_sums) for file in files]
 
+    def read(self, layer: StoredLayer, spans: Sequence[tuple[int, int]], pinned: bool) -> Future[list[Tensor]]:
+        """Start to read some of a layer's tokens, verified: what its window holds.
+
+        Parameters
+        ----------
+        layer : StoredLayer
+        spans : sequence of (int, int)
+            Tokens, from and to.
+        pinned : bool
+            Into pinned memory, from where copies to a device need not be waited for.
+        """
+        work = _pools("records")[0].submit(_read, layer, spans, pinned)
+        self._pending.append(work)
+        return work
+
     def bring(self, needed: Needed, records: Sequence[StoredRecords], target: Tensor, device: torch.device) -> Incoming:
         """Start to bring a layer's records.
 
@@ -183,6 +200,14 @@ class Loader:
 def _cancel(pending: list[Future]) -> None:
     for work in pending:
         work.cancel()
+
+
+def _read(layer: StoredLayer, spans: Sequence[tuple[int, int]], pinned: bool) -> list[Tensor]:
+    found = [layer.read(*span) for span in spans]
+    if not pinned:
+        return found
+    pool = pinned_pool()
+    return [pool.allocate(rows.shape, rows.dtype).copy_(rows) for rows in found]
 
 
 def _bring_vectors(checks: list[Future[None]], registered: RegisteredFile, device: torch.device) -> None:

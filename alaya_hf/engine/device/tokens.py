@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -597,8 +598,14 @@ class DeviceTokens:
             return False
         return not self.form.scaled and layer.dtype == self.form.dtype and self._low_for(layer.tokens, layer.tokens) > 0
 
+    def read_window(self, layer: StoredLayer, loader: Loader) -> Future[list[Tensor]]:
+        """Start to read what :meth:`attach` puts into the window."""
+        total = layer.tokens
+        spans = [(0, self.init), (self.init + self._low_for(total, total), total)]
+        return loader.read(layer, spans, self.device.type == "cuda")
+
     @_on_its_device
-    def attach(self, layer: StoredLayer, loader: Loader) -> None:
+    def attach(self, layer: StoredLayer, loader: Loader, window: Future[list[Tensor]]) -> None:
         """Take a stored context into empty tokens of one row, to be attended where it lies.
 
         Parameters
@@ -607,6 +614,8 @@ class DeviceTokens:
             In the store's dtype, which has no scales; longer than window and ring hold.
         loader : Loader
             Brings the records, and the file when it is asked to; the first use of this layer waits for it.
+        window : Future
+            From :meth:`read_window`.
 
         Notes
         -----
@@ -637,27 +646,24 @@ class DeviceTokens:
         arrival = loader.bring(needed, found, self.records[0], self.device)
         self.stored = StoredRun(registered, first, last, init - longest.start, arrival)
         self.lasts = [last]
-        self.bounds = self._moved(self.stored.bounds(self.lasts))
+        # From pinned memory, not to wait for what else crosses the bus.
+        bounds = self.stored.bounds(self.lasts)
+        self.bounds = (bounds.pin_memory() if self.device.type == "cuda" else bounds).to(self.device, non_blocking=True)
         self.reserve(self._lines([total]) + 1, 0)  # with room for what comes next: growing waits for the device
         self.counts, self.lows = [total], [low]
         for begin, end in ((init, longest.start), (longest.stop, total)):
             if begin < end:
                 kv, line = layer.read(begin, end), self._own(0, begin - init)
                 self.store[0, :, line : line + end - begin] = kv
-        kv = self._moved(layer.read(0, init))
-        self.window_k[0, :, :init], self.window_v[0, :, :init] = kv[:, :, 0], kv[:, :, 1]
-        kv = self._moved(layer.read(init + low, total))
-        self._write_ring(0, low, kv[:, :, 0], kv[:, :, 1])
+        first_kv, recent_kv = (rows.to(self.device, non_blocking=True) for rows in window.result())
+        self.window_k[0, :, :init], self.window_v[0, :, :init] = first_kv[:, :, 0], first_kv[:, :, 1]
+        self._write_ring(0, low, recent_kv[:, :, 0], recent_kv[:, :, 1])
         for gap in missing(tiles, found):
             self.settle()
             for tile in range(gap.start, gap.stop, _PACK_BLOCK // TILE):
                 stop = min(gap.stop, tile + _PACK_BLOCK // TILE)
                 kv = self.read_store(0, TILE * tile, TILE * stop)
                 self._quantise_at(0, tile, kv[:, :, 0], kv[:, :, 1], self.records)
-
-    def _moved(self, x: Tensor) -> Tensor:
-        """To the device, without waiting for what else crosses the bus."""
-        return x.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else x
 
     @_on_its_device
     def host_rows(self, start: int, stop: int) -> list[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 from numba import njit, prange
 
@@ -139,9 +141,11 @@ def first_damaged(data: np.ndarray, blocks: np.ndarray, sums: np.ndarray) -> int
     """Number of the first of ``blocks`` (int64) whose bytes in ``data`` do not have the checksum in ``sums``, or -1.
 
     The calling thread does it all where there is little to do: waking numba's threads takes longer, above all beside others.
+    So do threads other than the main one, which may not start numba's: not every layer of them bears two at a time.
     """
     same = np.empty(blocks.size, np.bool_)
-    (_compare_alone if blocks.size <= _FEW else _compare)(_words(data), blocks, sums, same)
+    alone = blocks.size <= _FEW or threading.current_thread() is not threading.main_thread()
+    (_compare_alone if alone else _compare)(_words(data), blocks, sums, same)
     return -1 if bool(same.all()) else int(blocks[int(np.argmin(same))])
 
 

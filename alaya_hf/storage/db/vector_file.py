@@ -1,8 +1,8 @@
 """Vector files: safetensors with one layer of one segment, checksummed, read in place.
 
-Layout: the header (JSON, padded with spaces to a whole page), ``kv`` ``[kv_heads, tokens, 2, head_dim]``, padded to a whole
-page, what is stored beside it, padding to a whole page, and ``checksums`` of every page before them. The catalog keeps digests of the header
-and of the checksums, which makes it the root of what is trusted.
+Layout: the header (JSON, padded with spaces to a whole page), ``kv`` ``[kv_heads, tokens, 2, head_dim]``, padded to a
+whole page, what is stored beside it, padding to a whole page, and ``checksums`` of every page before them. The catalog
+keeps digests of the header and of the checksums, which makes it the root of what is trusted.
 """
 
 from __future__ import annotations
