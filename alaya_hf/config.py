@@ -127,10 +127,10 @@ class AlayaConfig:
         to twenty seconds for 32 layers, once a process, for the fastest steps. Steps that a graph cannot hold (beams, whose
         memory moves; several devices; probes) run as usual.
     allocator : optional
-        With ``engine="device"``: who hands out the host memory of the exact tokens, one of
-        :mod:`alaya_hf.storage.allocators`: ``"contiguous"``, ``"dynamic"``, ``"paged"`` or ``"segment"``. All layers of a cache lie
-        in one pool, where kernels read and write the tokens through a table; beams and copies of a cache share blocks of ``paged``
-        and ``segment`` until they are written. Default: none, a tensor per layer that grows by half and copies, with a stored
+        With ``engine="device"``: who hands out the host memory of the exact tokens (:mod:`alaya_hf.storage.allocators`):
+        ``"contiguous"``, ``"dynamic"``, ``"paged"`` or ``"segment"``. All layers of a cache lie in one pool, where kernels read
+        and write the tokens through a table; beams and copies of a cache share blocks of ``paged`` and ``segment`` until they are
+        written. Default: none, a tensor per layer that grows by half and copies, with a stored
         context's file attended where it lies. Not with the index ``coarse``, ``hot_bytes`` or a target; a stored context is
         copied. ``"virtual"`` is refused: memory that is mapped on demand is not pinned.
     pool_bytes : str or int, optional
@@ -255,18 +255,19 @@ class AlayaConfig:
         name = self.allocator.kind
         if self.engine != "device":
             raise ConflictError(
-                f"allocator={name!r} manages the store of engine='device', but got engine={self.engine!r}. Set both, or leave the "
-                "allocator out."
+                f"allocator={name!r} manages the store of engine='device', but got engine={self.engine!r}. Set both, or leave "
+                "the allocator out."
             )
         if name == "virtual":
             raise ConfigError(
-                "allocator='virtual' maps host memory on demand, which cannot be pinned for engine='device' to read. Use 'segment'."
+                "allocator='virtual' maps host memory on demand, which cannot be pinned for engine='device' to read. Use "
+                "'segment'."
             )
         if self.index.kind == "coarse" or self.hot_bytes:
             what = f"hot_bytes={self.hot_bytes}" if self.hot_bytes else "the index 'coarse'"
             raise ConflictError(
-                f"{what} reads a store in one piece, but got allocator={name!r}, whose tokens kernels find through a table. Leave "
-                "one of them out."
+                f"{what} reads a store in one piece, but got allocator={name!r}, whose tokens kernels find through a table. "
+                "Leave one of them out."
             )
         if self.plans:
             targets = [target for target in TARGETS if getattr(self, target) is not None]

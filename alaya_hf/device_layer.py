@@ -57,9 +57,9 @@ class DeviceLayer(AlayaLayer):
 
     Notes
     -----
-    Without an ``allocator`` rows share nothing but what lies in a stored context's file: reordering, selecting or repeating them and copies of the cache
-    copy all of their other tokens, in host memory too, and wait for the device. Beam search over a long context that is not
-    stored is better served by ``engine="host"``.
+    Without an ``allocator`` rows share nothing but what lies in a stored context's file: reordering, selecting or repeating them
+    and copies of the cache copy all of their other tokens, in host memory too, and wait for the device. Beam search over a long
+    context that is not stored is better served by ``engine="host"``.
     ``window.overflow`` and ``residual.skip`` are not used. In a pass of several tokens, what the low-bit copy held before it is
     estimated and all the rest is attended to exactly, the same for all of them; steps of one token would have moved the oldest
     64 of the window to the low-bit copy on the way, once for every 64 tokens. Such a pass neither reads nor fills the hot set.
@@ -244,7 +244,11 @@ class DeviceLayer(AlayaLayer):
         return (
             (mine.window.init, mine.window.local, mine.min_context, mine.store_dtype, mine.allocator, mine.pool_size)
             == (
-                theirs.window.init, theirs.window.local, theirs.min_context, theirs.store_dtype, theirs.allocator,
+                theirs.window.init,
+                theirs.window.local,
+                theirs.min_context,
+                theirs.store_dtype,
+                theirs.allocator,
                 theirs.pool_size,
             )
         ) and self.plan.layout(16) == other.plan.layout(16)

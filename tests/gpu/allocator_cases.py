@@ -55,6 +55,26 @@ def check_beams(model: Any, name: str) -> None:
     assert found == wanted
 
 
+def check_passes(device: str, store_dtype: str = "auto") -> None:
+    """Prefill in chunks, a step, a question, a crop, a step: every allocator gives the very numbers of the default."""
+    torch.manual_seed(0)
+    k, v = (torch.randn(2, 2, 110, 16).to(device, torch.float16) for _ in "kv")
+    q = (3 * torch.randn(2, 4, 110, 16)).to(device, torch.float16)
+    base, wanted = SMALL.replace(store_dtype=store_dtype, query=TopK(5)), []
+    for each in (base, *(with_allocator(name, base) for name in ALLOCATORS)):
+        layer, found = DeviceLayer(each), []
+        for begin, end in ((0, 92), (92, 93), (93, 96)):
+            found.append(cases.attend(layer, *(x[:, :, begin:end] for x in (q, k, v))))
+        layer.crop(-3)
+        layer.batch_select_indices(torch.tensor([1, 1]))
+        for begin, end in ((96, 106), (106, 107)):
+            found.append(cases.attend(layer, *(x[:, :, begin:end] for x in (q, k, v))))
+        found += layer.contents()
+        assert layer.tokens.lows == [64, 64]
+        wanted = wanted or found
+        assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True)), each.allocator
+
+
 def check_layer(device: str, name: str, seed: int, operations: int = 6, store_dtype: str = "auto") -> None:
     """Random passes, crops, choices of rows and copies of two layers of a cache: contents are those of plain tensors."""
     generator = torch.Generator().manual_seed(seed)

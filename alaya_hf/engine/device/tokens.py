@@ -29,7 +29,6 @@ from alaya_hf.kernels.gpu.quantise import quantise_tokens
 from alaya_hf.kernels.gpu.short_pass import short_pass
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
 from alaya_hf.kernels.gpu.store_format import StoreFormat
-from alaya_hf.kernels.gpu.store_table import StoreTable
 from alaya_hf.kernels.gpu.summarise import summarise_blocks
 from alaya_hf.kernels.partial import Partial, merge_into
 from alaya_hf.storage.db.reader import StoredLayer
@@ -227,13 +226,13 @@ class DeviceTokens:
 
     @property
     def store(self) -> Tensor:
-        """The store as one tensor ``[batch, kv_heads, capacity, *form.tail]``, pinned if the device is a GPU; none of a pool's."""
+        """The store where it is one tensor ``[batch, kv_heads, capacity, *form.tail]``, pinned if the device is a GPU."""
         assert isinstance(self.exact, TensorStore)
         return self.exact.tensor
 
     @property
-    def on_device(self) -> Tensor | StoreTable:
-        """The store as kernels take it."""
+    def on_device(self) -> Any:
+        """The store as kernels take it: a tensor, or a :class:`~alaya_hf.kernels.gpu.store_table.StoreTable`."""
         return self.exact.view
 
     @property
@@ -700,7 +699,8 @@ class DeviceTokens:
         The first block starts at once, while the device does something else.
         """
         self.settle()
-        rows, sources = [], []
+        rows: list[int] = []
+        sources: list[list[Tensor]] = []
         for row, low in enumerate(self.lows):
             for start in range(0, low, size):
                 pieces = self._pieces(row, start, min(low, start + size))

@@ -144,8 +144,9 @@ def write_tokens(
     _write[(new, batch * heads)](
         k, v, window_k, window_v, elements, scales, total, low, total if bounds is None else bounds,
         total if blocks is None else blocks, slots, slots - init, init, local, new, capacity,
-        store.shape[2] if blocks is None else 0, 0 if blocks is None else blocks.shape[1], H=heads, D=d, DP2=next_power_of_2(d), FORMAT=form.code, ROW=form.row,
-        SCALES=form.scale_place, PREFIX=bounds is not None, TABLE=blocks is not None, PAGE=block_tokens, num_warps=1,
+        store.shape[2] if blocks is None else 0, 0 if blocks is None else blocks.shape[1], H=heads, D=d, DP2=next_power_of_2(d),
+        FORMAT=form.code, ROW=form.row, SCALES=form.scale_place, PREFIX=bounds is not None, TABLE=blocks is not None,
+        PAGE=block_tokens, num_warps=1,
     )  # fmt: skip
 
 

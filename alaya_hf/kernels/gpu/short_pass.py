@@ -130,7 +130,10 @@ def _attend(
         work.window_parts, work.parts, scaling, beta, ratio,
     )  # fmt: skip
     selected = (q, work.ids, work.counts, work.thresholds, work.limits, work.scores, records)
-    to, how = (work.acc, work.ml, work.fetched), (work.window_parts + work.parts, scaling, *bits, union, True, positions)
+    to, how = (
+        (work.acc, work.ml, work.fetched),
+        (work.window_parts + work.parts, scaling, *bits, union, True, positions),
+    )
     if isinstance(store, StoreTable):
         gather.gather_attention_blocks(store.rows, store.blocks, *selected, *to, store.block_tokens, *how)
     else:

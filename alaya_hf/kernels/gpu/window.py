@@ -150,8 +150,8 @@ def window_attention(
     _window[(splits(slots), batch * heads)](
         q, k, v, window_k, window_v, elements, scales, total, low, best, acc, ml, total if bounds is None else bounds,
         total if blocks is None else blocks, slots, slots - init, init,
-        0 if store is None or blocks is not None else store.shape[2], 0 if blocks is None else blocks.shape[1], acc.shape[3], slot0, scaling * LOG2E,
-        H=heads, G=group, GP=max(16, next_power_of_2(group)), D=d, DP2=next_power_of_2(d), BLOCK=BLOCK,
+        0 if store is None or blocks is not None else store.shape[2], 0 if blocks is None else blocks.shape[1], acc.shape[3],
+        slot0, scaling * LOG2E, H=heads, G=group, GP=max(16, next_power_of_2(group)), D=d, DP2=next_power_of_2(d), BLOCK=BLOCK,
         STORE=store is not None, FORMAT=form.code, ROW=form.row, SCALES=form.scale_place,
         PREFIX=bounds is not None, TABLE=blocks is not None, PAGE=block_tokens, num_warps=4,
     )  # fmt: skip

@@ -219,7 +219,9 @@ class Group:
         assert self.pool is not None
         stride = self.pool.pool.layer_stride
         if device not in self._tables:
-            blocks = self.pool.pool.arena.capacity // (self.pool.block * self.shape.token_bytes) if self.pool.block else 1
+            blocks = (
+                self.pool.pool.arena.capacity // (self.pool.block * self.shape.token_bytes) if self.pool.block else 1
+            )
             shape = (1 if stride is not None else self.shape.layers, self.batch, max(1, blocks))
             with torch.inference_mode(False):  # what is made in inference mode could not be written to later
                 self._tables[device] = torch.full(shape, -1, dtype=torch.int64, device=device)
