@@ -37,9 +37,9 @@ def test_in_interpreter():
 
 
 @inside
-@pytest.mark.parametrize("store_dtype", ["auto", "int8"])
-def test_case_passes_equal_the_default(store_dtype, tight):
-    cases.check_passes("cpu", store_dtype)
+@pytest.mark.parametrize(("store_dtype", "names"), [("auto", ["dynamic", "segment"]), ("int8", ["paged"])])
+def test_case_passes_equal_the_default(store_dtype, names, tight):
+    cases.check_passes("cpu", store_dtype, names)
 
 
 @pytest.mark.parametrize("name", cases.ALLOCATORS)
@@ -55,16 +55,18 @@ def test_lines_are_those_of_plain_tensors(name, dtype):
 
     @settings(max_examples=100, deadline=None)
     @given(
-        plan=st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(1, 40)), max_size=12), seed=st.integers(0, 99)
+        fixed=st.sampled_from([None, 32 << 20]),
+        plan=st.lists(st.tuples(st.sampled_from(OPERATIONS), st.integers(1, 40)), max_size=12),
+        seed=st.integers(0, 99),
     )
-    def run(plan, seed):
+    def run(fixed, plan, seed):
         generator = torch.Generator().manual_seed(seed)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(group, "STEP", 8)
             pools = LayerPools()
             # Of each cache: the stores of its layers, and what they hold, [kv_heads, n, *tail] per row.
             caches = [
-                ([pools.store(idx, 2, allocator, None, 2, 3, form, cpu) for idx in range(2)], [[[], []], [[], []]])
+                ([pools.store(idx, 2, allocator, fixed, 2, 3, form, cpu) for idx in range(2)], [[[], []], [[], []]])
             ]
             for what, number in [("grow", 20), *plan]:
                 place = number % len(caches)
@@ -96,7 +98,7 @@ def test_lines_are_those_of_plain_tensors(name, dtype):
                     taken = [store.take(range(len(counts)), counts, lambda: None) for store in stores]
                     caches.append((taken, [[list(row) for row in layer] for layer in held]))
                 elif what == "join" and len(caches) < 3:  # the cache is used anew while copies of it live
-                    stores = [pools.store(idx, 2, allocator, None, 1, 3, form, cpu) for idx in range(2)]
+                    stores = [pools.store(idx, 2, allocator, fixed, 1, 3, form, cpu) for idx in range(2)]
                     caches.append((stores, [[[]], [[]]]))
                 for stores, held in caches:
                     for store, rows in zip(stores, held, strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -55,22 +56,24 @@ def check_beams(model: Any, name: str) -> None:
     assert found == wanted
 
 
-def check_passes(device: str, store_dtype: str = "auto") -> None:
-    """Prefill in chunks, a step, a question, a crop, a step: every allocator gives the very numbers of the default."""
+def check_passes(
+    device: str, store_dtype: str = "auto", names: Iterable[str] = ALLOCATORS, rows: int = 1, heads: int = 2
+) -> None:
+    """Prefill, a step, a question, a crop, a prefill over what is offloaded, a step: the very numbers of the default."""
     torch.manual_seed(0)
-    k, v = (torch.randn(2, 2, 110, 16).to(device, torch.float16) for _ in "kv")
-    q = (3 * torch.randn(2, 4, 110, 16)).to(device, torch.float16)
+    k, v = (torch.randn(rows, 2, 170, 16).to(device, torch.float16) for _ in "kv")
+    q = (3 * torch.randn(rows, heads, 170, 16)).to(device, torch.float16)
     base, wanted = SMALL.replace(store_dtype=store_dtype, query=TopK(5)), []
-    for each in (base, *(with_allocator(name, base) for name in ALLOCATORS)):
+    for each in (base, *(with_allocator(name, base) for name in names)):
         layer, found = DeviceLayer(each), []
         for begin, end in ((0, 92), (92, 93), (93, 96)):
             found.append(cases.attend(layer, *(x[:, :, begin:end] for x in (q, k, v))))
         layer.crop(-3)
-        layer.batch_select_indices(torch.tensor([1, 1]))
-        for begin, end in ((96, 106), (106, 107)):
+        layer.batch_select_indices(torch.tensor([rows - 1] * rows))
+        for begin, end in ((96, 162), (162, 163)):
             found.append(cases.attend(layer, *(x[:, :, begin:end] for x in (q, k, v))))
         found += layer.contents()
-        assert layer.tokens.lows == [64, 64]
+        assert layer.tokens.lows == [128] * rows
         wanted = wanted or found
         assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True)), each.allocator
 
