@@ -44,6 +44,9 @@ ALAYA: dict[str, AlayaConfig] = {
     "alaya, 8-bit store": DEVICE.replace(store_dtype="int8"),
     "alaya, 8-bit store, compiled blocks": DEVICE.replace(store_dtype="int8", cuda_graphs="compile"),
 }
+#: The store in a pool of each allocator, its settings made for the context by :func:`allocated`.
+POOLED = {f"alaya, {name}": name for name in ("contiguous", "dynamic", "paged", "segment")}
+ALAYA |= dict.fromkeys(POOLED, DEVICE)
 STOCK = ("full", "static_compiled", "offloaded", "quantized_cache")
 #: Hundreds of milliseconds a token.
 SLOW = ("offloaded", "quantized_cache")
@@ -100,6 +103,13 @@ def context_of(
     return keys, values, None
 
 
+def allocated(settings: AlayaConfig, allocator: str, tokens: int) -> AlayaConfig:
+    """The settings with the store of up to so many tokens per row in an allocator's pool."""
+    # Room that the engine asks for at once, beyond what is there.
+    longest: dict[str, Any] = {"max_tokens": tokens + 8192} if allocator == "contiguous" else {}
+    return settings.replace(allocator={"kind": allocator, **longest})
+
+
 def filled(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new: int) -> Any:
     """A cache of the system whose layers all hold the context; every layer and row has a copy of its own.
 
@@ -109,7 +119,10 @@ def filled(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new:
     """
     config = model.config
     if name in ALAYA:
-        cache: Any = AlayaCache(ALAYA[name], config=config)
+        settings = ALAYA[name]
+        if name in POOLED:
+            settings = allocated(settings, POOLED[name], keys.shape[2] + new)
+        cache: Any = AlayaCache(settings, config=config)
     elif name == "full":
         cache = DynamicCache(config=config)
     elif name == "offloaded":
@@ -249,7 +262,12 @@ def model(
                 if "ms" in rows[-1] and cuda:
                     rows[-1]["floor ms"] = floor_ms(network, rows[-1], bandwidth)
                 base = next((r.get("ms") for r in rows if r["tokens"] == tokens and r["system"] == "full"), None)
+                contiguous = next(
+                    (r.get("ms") for r in rows if r["tokens"] == tokens and r["system"] == "alaya, contiguous"), None
+                )
                 for row in rows:
+                    if contiguous and row["tokens"] == tokens and row["system"] in POOLED and "ms" in row:
+                        row["x contiguous"] = row["ms"] / contiguous
                     if base and row["tokens"] == tokens and "ms" in row:
                         row["x full"] = base / row["ms"]
                 gc.collect()

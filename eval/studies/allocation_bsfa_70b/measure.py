@@ -111,9 +111,17 @@ class Bench:
             Thresholds(torch.cat([found.table, rest], dim=2).contiguous(), found.shape, found.about).save(path)
         return path
 
-    def prefill(self, prefill: str, context: int, batch: int) -> dict[str, Any]:
-        """Time to first token of a prompt in chunks, offloading as it goes."""
+    def prefill(self, prefill: str, context: int, batch: int, allocation: str | None = None) -> dict[str, Any]:
+        """Time to first token of a prompt in chunks, offloading as it goes, to a pool of an allocator if one is named.
+
+        Raises
+        ------
+        ConfigError
+            If the engine's store cannot lie in such a pool.
+        """
         model, settings = self.model, self.settings(prefill, context)
+        if allocation is not None:
+            settings = speed_model.allocated(settings, allocation, context)
         model.set_attn_implementation("alaya")
         vocabulary = model.config.vocab_size
         if prefill not in self._warm:
@@ -133,12 +141,22 @@ class Bench:
             row["measured peak GB"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         return row
 
-    def decode(self, context: int, batch: int) -> dict[str, Any]:
-        """Time per token over a store that was filled with synthetic keys."""
+    def decode(self, context: int, batch: int, allocation: str | None = None) -> dict[str, Any]:
+        """Time per token over a store that was filled with synthetic keys, in a pool of an allocator if one is named.
+
+        Raises
+        ------
+        ConfigError
+            If the engine's store cannot lie in such a pool.
+        """
         model = self.model
         keys, values, queries = speed_model.context_of(model.config, context, self.device, self.dtype)
         speed_model._queries[:] = [] if queries is None else queries.unsqueeze(3)
         name = "alaya" if self.cuda else "alaya, host engine"
+        if allocation is not None:
+            # Where there is no such system, the settings say why.
+            speed_model.allocated(speed_model.ALAYA[name], allocation, context)
+            name = f"alaya, {allocation}"
         found = speed_model.measure(name, model, keys, values, batch, self.new)
         row = {"measured ms": found["ms"], "ms per token": found["ms"] * self.scale}
         row["MB over the bus per token"] = found["bus MB per token"] * self.scale
