@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from alaya_hf.errors import ConfigError, ConflictError
-from alaya_hf.registry import INDEXES, PREFILLS, QUERIES, RESIDUALS, Registry
+from alaya_hf.registry import ALLOCATORS, INDEXES, PREFILLS, QUERIES, RESIDUALS, Registry
 from alaya_hf.units import number_of_bytes, seconds_per_token
 
 GROUP_MODES = ("union", "per_head")
@@ -24,6 +24,7 @@ COMPONENTS: dict[str, Registry[Any]] = {
     "index": INDEXES,
     "residual": RESIDUALS,
     "prefill": PREFILLS,
+    "allocator": ALLOCATORS,
 }
 PLANNERS = ("cost", "paper")
 ON_DOUBT = ("ignore", "warn", "widen")
@@ -125,6 +126,17 @@ class AlayaConfig:
         token of an answer on, which takes Python out of it. ``"compile"`` also compiles the model's blocks first: ten
         to twenty seconds for 32 layers, once a process, for the fastest steps. Steps that a graph cannot hold (beams, whose
         memory moves; several devices; probes) run as usual.
+    allocator : optional
+        With ``engine="device"``: who hands out the host memory of the exact tokens (:mod:`alaya_hf.storage.allocators`):
+        ``"contiguous"``, ``"dynamic"``, ``"paged"`` or ``"segment"``. All layers of a cache lie in one pool, where kernels read
+        and write the tokens through a table; beams and copies of a cache share blocks of ``paged`` and ``segment`` until they are
+        written. Default: none, a tensor per layer that grows by half and copies, with a stored
+        context's file attended where it lies. Not with the index ``coarse``, ``hot_bytes`` or a target; a stored context is
+        copied. ``"virtual"`` is refused: memory that is mapped on demand is not pinned.
+    pool_bytes : str or int, optional
+        With an ``allocator``: bytes of its pool, all layers of a cache together, taken from the host with the first token;
+        ``"64GiB"`` or a number. What does not fit is refused. Default: as many as are needed; a pool that is full moves to a
+        larger one, copying all tokens.
     hot_bytes : int
         With ``engine="device"``: bytes of device memory for the hot set, exact tokens that recent steps fetched and the next
         ones will find without crossing the bus. For the whole cache, split evenly over its layers. 0: none. A layer whose
@@ -175,6 +187,8 @@ class AlayaConfig:
     store_dtype: str = "auto"
     engine: str = "host"
     cuda_graphs: str = "capture"
+    allocator: Any = None
+    pool_bytes: str | int | None = None
     hot_bytes: int = 0
     sample_queries: float | None = None
     slo: str | float | None = None
@@ -199,6 +213,8 @@ class AlayaConfig:
         set_(self, "index", INDEXES.build(self.index))
         set_(self, "residual", RESIDUALS.build(self.residual))
         set_(self, "prefill", PREFILLS.build(self.prefill))
+        if self.allocator is not None:
+            set_(self, "allocator", ALLOCATORS.build(self.allocator))
         set_(self, "window", WindowConfig.build(self.window))
         if self.group_mode not in GROUP_MODES:
             raise ConfigError(f"group_mode must be one of {', '.join(GROUP_MODES)}, but got {self.group_mode!r}.")
@@ -223,10 +239,42 @@ class AlayaConfig:
             _check_int("dense_layers", layer, 0)
         set_(self, "dense_layers", tuple(self.dense_layers))
         self._check_targets()
+        self._check_allocator()
         self._check_layers()
         self.index.check(self.query)
         self.residual.check(self.index)
         self.prefill.check(self.engine)
+
+    def _check_allocator(self) -> None:
+        if self.pool_bytes is not None:
+            number_of_bytes("pool_bytes", self.pool_bytes)
+        if self.allocator is None:
+            if self.pool_bytes is not None:
+                raise ConflictError(f"pool_bytes={self.pool_bytes!r} is an allocator's, but got none. Set allocator.")
+            return
+        name = self.allocator.kind
+        if self.engine != "device":
+            raise ConflictError(
+                f"allocator={name!r} manages the store of engine='device', but got engine={self.engine!r}. Set both, or leave "
+                "the allocator out."
+            )
+        if name == "virtual":
+            raise ConfigError(
+                "allocator='virtual' maps host memory on demand, which cannot be pinned for engine='device' to read. Use "
+                "'segment'."
+            )
+        if self.index.kind == "coarse" or self.hot_bytes:
+            what = f"hot_bytes={self.hot_bytes}" if self.hot_bytes else "the index 'coarse'"
+            raise ConflictError(
+                f"{what} reads a store in one piece, but got allocator={name!r}, whose tokens kernels find through a table. "
+                "Leave one of them out."
+            )
+        if self.plans:
+            targets = [target for target in TARGETS if getattr(self, target) is not None]
+            raise ConflictError(
+                f"{' and '.join(targets)} may give every layer another store, but got allocator={name!r}, in whose pool all "
+                "layers are alike. Leave one of them out."
+            )
 
     def _check_targets(self) -> None:
         if self.slo is not None:
@@ -281,6 +329,11 @@ class AlayaConfig:
     def gpu_bytes(self) -> int | None:
         """Most bytes of device memory."""
         return None if self.gpu_memory is None else number_of_bytes("gpu_memory", self.gpu_memory)
+
+    @property
+    def pool_size(self) -> int | None:
+        """Bytes of the allocator's pool."""
+        return None if self.pool_bytes is None else number_of_bytes("pool_bytes", self.pool_bytes)
 
     def _check_layers(self) -> None:
         if not isinstance(self.layers, Mapping):
@@ -401,7 +454,7 @@ class AlayaConfig:
             stays = self.plans and field.name in self.given and field.name not in ("layers", *TARGETS)
             if default is not None and value == getattr(default, field.name) and not stays:
                 continue
-            if field.name in COMPONENTS:
+            if field.name in COMPONENTS and value is not None:
                 value = COMPONENTS[field.name].spec(value)
             elif isinstance(value, WindowConfig):
                 value = dataclasses.asdict(value)
@@ -415,7 +468,7 @@ class AlayaConfig:
     @staticmethod
     def _plain(overrides: Mapping[str, Any]) -> dict[str, Any]:
         def plain(key: str, value: Any) -> Any:
-            if key in COMPONENTS:
+            if key in COMPONENTS and value is not None:
                 return COMPONENTS[key].spec(COMPONENTS[key].build(value))
             if isinstance(value, WindowConfig):
                 return dataclasses.asdict(value)

@@ -219,6 +219,9 @@ class DecodeGraph:
         """
         if key != self.key or self.model() is not model or (begins and _stamp(model) != self.stamp):
             return False
+        for layer in self.layers:
+            if layer.tokens is not None:
+                layer.tokens.extend(self.new)
         for layer, held in zip(self.layers, self.held, strict=True):
             if layer.tokens is None or any(a is not b for a, b in zip(layer.tokens.buffers, held, strict=True)):
                 return False

@@ -22,6 +22,7 @@ from alaya_hf.probes import Probe, StepRecord
 
 if TYPE_CHECKING:
     from alaya_hf.engine.device.loader import Loader
+    from alaya_hf.engine.device.store import PooledStore
     from alaya_hf.engine.device.tokens import Arrival, DeviceTokens
     from alaya_hf.storage.db.reader import StoredLayer
     from alaya_hf.storage.db.records import RecordFormat
@@ -57,9 +58,9 @@ class DeviceLayer(AlayaLayer):
 
     Notes
     -----
-    Rows share nothing but what lies in a stored context's file: reordering, selecting or repeating them and copies of the cache
-    copy all of their other tokens, in host memory too, and wait for the device. Beam search over a long context that is not
-    stored is better served by ``engine="host"``.
+    Without an ``allocator`` rows share nothing but what lies in a stored context's file: reordering, selecting or repeating them
+    and copies of the cache copy all of their other tokens, in host memory too, and wait for the device. Beam search over a long
+    context that is not stored is better served by ``engine="host"``.
     ``window.overflow`` and ``residual.skip`` are not used. In a pass of several tokens, what the low-bit copy held before it is
     estimated and all the rest is attended to exactly, the same for all of them; steps of one token would have moved the oldest
     64 of the window to the low-bit copy on the way, once for every 64 tokens. Such a pass neither reads nor fills the hot set.
@@ -152,15 +153,27 @@ class DeviceLayer(AlayaLayer):
             raise UnsupportedModelError(f"engine='device': {error}. {ADVICE}") from error
         try:
             from alaya_hf.engine.device.tokens import DeviceTokens
+
+            exact = self._pooled(batch, kv_heads, form)
         except ImportError as error:
             raise ConfigError(
                 f"engine='device' needs Triton, which cannot be imported ({error}). CUDA builds of torch bring it: install one, "
                 "or use engine='host'."
             ) from error
         self.tokens = DeviceTokens(
-            batch, kv_heads, layout, self.config.window, self.config.min_context, self.dtype, self.device, form
-        )
+            batch, kv_heads, layout, self.config.window, self.config.min_context, self.dtype, self.device, form,
+            exact=exact,
+        )  # fmt: skip
         self.is_initialized = True
+
+    def _pooled(self, batch: int, kv_heads: int, form: StoreFormat) -> PooledStore | None:
+        """A place in the cache's pool, if an allocator is to manage the store."""
+        config = self.config
+        if config.allocator is None:
+            return None
+        return self.shared.pools.store(
+            self.layer_idx, self.forward.layers, config.allocator, config.pool_size, batch, kv_heads, form, self.device
+        )
 
     @property
     def batch_size(self) -> int:
@@ -231,8 +244,15 @@ class DeviceLayer(AlayaLayer):
         """Whether another layer would keep the same tokens in the same way."""
         mine, theirs = self.config, other.config
         return (
-            (mine.window.init, mine.window.local, mine.min_context, mine.store_dtype)
-            == (theirs.window.init, theirs.window.local, theirs.min_context, theirs.store_dtype)
+            (mine.window.init, mine.window.local, mine.min_context, mine.store_dtype, mine.allocator, mine.pool_size)
+            == (
+                theirs.window.init,
+                theirs.window.local,
+                theirs.min_context,
+                theirs.store_dtype,
+                theirs.allocator,
+                theirs.pool_size,
+            )
         ) and self.plan.layout(16) == other.plan.layout(16)
 
     # Stored contexts --------------------------------------------------------------------------------------------------
@@ -245,7 +265,7 @@ class DeviceLayer(AlayaLayer):
         empty = torch.empty(1, stored.kv_heads, 0, stored.head_dim, dtype=dtype, device=device)
         self.lazy_initialization(empty, empty)
         assert self.tokens is not None
-        if self.tokens.can_attach(stored):
+        if self.config.allocator is None and self.tokens.can_attach(stored):
             self._window = self.tokens.read_window(stored, loader)
 
     @_outside_inference_mode
@@ -253,8 +273,8 @@ class DeviceLayer(AlayaLayer):
         """Take a stored context into an empty layer; returns whether it is attended where it lies.
 
         Its longest run of tokens that lie in one file stays there, its records come to the device from beside it. A context that
-        window and ring hold, one in another precision than the model's, and any context where ``store_dtype`` asks for 8 bits is
-        read and copied instead.
+        window and ring hold, one in another precision than the model's, and any context where ``store_dtype`` asks for 8 bits or
+        an ``allocator`` manages the store is read and copied instead.
 
         Parameters
         ----------
@@ -277,7 +297,7 @@ class DeviceLayer(AlayaLayer):
             self.expect_stored(stored, dtype, device, loader)
         assert self.tokens is not None
         window, self._window = self._window, None
-        if window is None or not self.tokens.can_attach(stored):
+        if window is None:
             kv = stored.read(0, stored.tokens).to(device, dtype)
             self.fill(kv[None, :, :, 0], kv[None, :, :, 1])
             return False

@@ -49,6 +49,9 @@ ALAYA: dict[str, AlayaConfig] = {
 #: Full attention over resident keys in a CUDA graph: nobody's cache, the fastest that a resident one could be.
 RESIDENT = "resident"
 STOCK = ("full", "static_compiled", RESIDENT, "offloaded", "quantized_cache")
+#: The store in a pool of each allocator, its settings made for the context by :func:`allocated`.
+POOLED = {f"alaya, {name}": name for name in ("contiguous", "dynamic", "paged", "segment")}
+ALAYA |= dict.fromkeys(POOLED, DEVICE)
 #: Hundreds of milliseconds a token.
 SLOW = ("offloaded", "quantized_cache")
 
@@ -104,6 +107,13 @@ def context_of(
     return keys, values, None
 
 
+def allocated(settings: AlayaConfig, allocator: str, tokens: int) -> AlayaConfig:
+    """The settings with the store of up to so many tokens per row in an allocator's pool."""
+    # Room that the engine asks for at once, beyond what is there.
+    longest: dict[str, Any] = {"max_tokens": tokens + 8192} if allocator == "contiguous" else {}
+    return settings.replace(allocator={"kind": allocator, **longest})
+
+
 def filled(
     name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new: int, settings: AlayaConfig | None = None
 ) -> Any:
@@ -114,6 +124,10 @@ def filled(
     SystemFails
     """
     config = model.config
+    if settings is None and name in ALAYA:
+        settings = ALAYA[name]
+        if name in POOLED:
+            settings = allocated(settings, POOLED[name], keys.shape[2] + new)
     if settings is not None:
         cache: Any = AlayaCache(settings, config=config)
     elif name == RESIDENT:
@@ -264,7 +278,12 @@ def model(
                 if "ms" in rows[-1] and cuda:
                     rows[-1]["floor ms"] = floor_ms(network, rows[-1], bandwidth)
                 base = next((r.get("ms") for r in rows if r["tokens"] == tokens and r["system"] == "full"), None)
+                contiguous = next(
+                    (r.get("ms") for r in rows if r["tokens"] == tokens and r["system"] == "alaya, contiguous"), None
+                )
                 for row in rows:
+                    if contiguous and row["tokens"] == tokens and row["system"] in POOLED and "ms" in row:
+                        row["x contiguous"] = row["ms"] / contiguous
                     if base and row["tokens"] == tokens and "ms" in row:
                         row["x full"] = base / row["ms"]
                 gc.collect()

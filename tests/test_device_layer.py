@@ -56,10 +56,10 @@ def test_case_wide_range_and_chunks_equal_dense(model, tight):
 @inside
 def test_case_a_prompt_in_chunks_makes_its_store_once(model, tight, monkeypatch):
     """``generate`` knows the length before the first chunk; decoding makes it grow again."""
-    from alaya_hf.engine.device.tokens import DeviceTokens
+    from alaya_hf.engine.device.store import TensorStore
 
-    own, made = DeviceTokens._make_store, []
-    monkeypatch.setattr(DeviceTokens, "_make_store", lambda self, *args: made.append(args[1]) or own(self, *args))
+    own, made = TensorStore._make, []
+    monkeypatch.setattr(TensorStore, "_make", lambda self, *args: made.append(args[1]) or own(self, *args))
     cases.generate(model, AlayaCache(cases.ALL), cases.prompt(model, 100), 1, prefill_chunk_size=30)
     assert made == [0, 96] * 2
 
@@ -108,11 +108,11 @@ def test_case_default_settings_agree_with_the_host(residual, tight):
 @inside
 def test_case_out_of_host_memory_the_layer_goes_on_without_the_pass(monkeypatch):
     """The store has 1,024 places in a pool of just as many bytes, and the host has no more."""
-    from alaya_hf.engine.device import tokens
+    from alaya_hf.engine.device.store import tensor
 
     monkeypatch.setattr(pinned, "FIRST", 2 << 20)
     pool = PinnedPool()
-    monkeypatch.setattr(tokens, "pinned_pool", lambda: pool)
+    monkeypatch.setattr(tensor, "pinned_pool", lambda: pool)
     layer, twin = DeviceLayer(cases.DEFAULT), DeviceLayer(cases.DEFAULT)
     k, v = torch.randn(2, 1, 2, 1100, 256).half()
     q = torch.randn(1, 2, 1100, 256).half()

@@ -83,7 +83,7 @@ def test_blocks_arrive_whole_and_in_order(pool, sizes):
     """Work on a block is slower than its copy: one that does not wait for the work on the block two before it shows."""
     sources = [pool.allocate((4, n, 2, 512), torch.float32).copy_(torch.randn(4, n, 2, 512)) for n in sizes]
     found, filler = [], torch.randn(2048, 2048, device="cuda")
-    for block in stream_blocks(sources, torch.device("cuda", 0)):
+    for block in stream_blocks([[x] for x in sources], torch.device("cuda", 0)):
         filler = filler @ filler * 1e-3
         found.append(block.clone())
     assert len(found) == len(sources)
@@ -97,13 +97,13 @@ def test_blocks_wait_for_what_the_device_still_writes(pool):
     for _ in range(10):
         filler = filler @ filler * 1e-3
     host.copy_(torch.ones(host.shape, device="cuda"), non_blocking=True)
-    (block,) = stream_blocks([host], torch.device("cuda", 0))
+    (block,) = stream_blocks([[host]], torch.device("cuda", 0))
     assert bool((block == 1).all())
 
 
 def test_giving_up_half_way_spoils_nothing(pool):
     sources = [pool.allocate((1, 65536, 2, 128), torch.float32).fill_(5) for _ in range(3)]
-    blocks = stream_blocks(sources, torch.device("cuda", 0))
+    blocks = stream_blocks([[x] for x in sources], torch.device("cuda", 0))
     next(blocks)
     del blocks
     mine = [torch.zeros(1, 65536, 2, 128, device="cuda") for _ in range(6)]
@@ -143,10 +143,10 @@ def test_waits_for_copies_are_measured(pool):
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with copy_waits() as waits:
         begin.record()
-        for block in stream_blocks(list(host), torch.device("cuda")):
+        for block in stream_blocks([[x] for x in host], torch.device("cuda")):
             assert block.shape == (2, 64 * MIB)
         end.record()
     assert len(waits.pairs) == 2 and 0 < waits.seconds() <= begin.elapsed_time(end) / 1e3
-    for _ in stream_blocks(list(host), torch.device("cuda")):
+    for _ in stream_blocks([[x] for x in host], torch.device("cuda")):
         pass
     assert len(waits.pairs) == 2

@@ -14,6 +14,7 @@ from alaya_hf.index.quantized import Quantized
 from alaya_hf.kernels.gpu.block_layout import BlockLayout
 from alaya_hf.kernels.gpu.layout import MEAN_BLOCK, Layout
 from alaya_hf.query import DIPR, Query, Recovery, TopK
+from alaya_hf.storage.allocators import Allocator
 
 SUPPORTED = (
     "engine='device' serves the queries dipr, topk and recovery on the index 'quantized' (margin 0) with the residual "
@@ -188,3 +189,13 @@ def check_device(settings: AlayaConfig) -> None:
         config = settings.for_layer(layer_idx)
         if config.engine == "device":
             device_plan(config, layer_idx)
+    kinds: set[tuple[Allocator | None, int | None, str, int]] = {
+        (config.allocator, config.pool_size, config.store_dtype, config.window.init)
+        for config in settings.all_layers
+        if config.engine == "device"
+    }
+    if len(kinds) > 1 and any(allocator is not None for allocator, _, _, _ in kinds):
+        raise ConfigError(
+            "an allocator manages layers that are alike, but allocator, pool_bytes, store_dtype and window.init of the layers "
+            f"are {sorted(map(str, kinds))}. Set them for all layers, or leave allocator out."
+        )

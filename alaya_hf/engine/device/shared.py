@@ -13,6 +13,7 @@ from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.store_format import StoreFormat
 
 if TYPE_CHECKING:
+    from alaya_hf.engine.device.store import LayerPools
     from alaya_hf.kernels.gpu.coarse_step import CoarseWorkspace
     from alaya_hf.kernels.gpu.step import Workspace
 
@@ -88,6 +89,16 @@ class DeviceShared:
         self._workspaces: dict[Any, Workspace | CoarseWorkspace] = {}
         self._counters: dict[Any, Counters] = {}
         self.fetch_buffers = FetchBuffers()
+        self._pools: LayerPools | None = None
+
+    @property
+    def pools(self) -> LayerPools:
+        """Of the layers whose store an allocator manages."""
+        from alaya_hf.engine.device.store import LayerPools
+
+        if self._pools is None:
+            self._pools = LayerPools()
+        return self._pools
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceShared:
         memo[id(self)] = copy = DeviceShared()

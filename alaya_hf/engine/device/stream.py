@@ -11,6 +11,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from alaya_hf.engine.device.store.base import copy_lines, token_major
+
 
 @lru_cache(maxsize=32)
 def side_stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
@@ -57,13 +59,26 @@ def wait_for_copy(stream: torch.cuda.Stream, copied: torch.cuda.Event) -> None:
     waits.pairs.append((begin, end))
 
 
-def _copy(target: Tensor, source: Tensor) -> None:
-    # One copy per KV head, contiguous on both sides: a strided copy would go through a buffer on the host.
-    for to, part in zip(target, source, strict=True):
-        to.copy_(part, non_blocking=True)
+def _arranged(pieces: Sequence[Tensor], tokens: int, device: torch.device) -> Tensor:
+    """``[kv_heads, tokens, ...]`` on the device, in the order of the pieces."""
+    heads, _, *tail = pieces[0].shape
+    if token_major(pieces[0]):
+        return torch.empty(tokens, heads, *tail, dtype=pieces[0].dtype, device=device).transpose(0, 1)
+    return torch.empty(heads, tokens, *tail, dtype=pieces[0].dtype, device=device)
 
 
-def stream_blocks(sources: Sequence[Tensor], device: torch.device) -> Iterator[Tensor]:
+def _length(pieces: Sequence[Tensor]) -> int:
+    return sum(piece.shape[1] for piece in pieces)
+
+
+def _copy(target: Tensor, pieces: Sequence[Tensor]) -> None:
+    begin = 0
+    for piece in pieces:
+        copy_lines(target[:, begin : begin + piece.shape[1]], piece)
+        begin += piece.shape[1]
+
+
+def stream_blocks(sources: Sequence[Sequence[Tensor]], device: torch.device) -> Iterator[Tensor]:
     """Bring blocks of host memory to a device, in order.
 
     On a GPU the first copy starts at once, and the copy of the next block runs on a stream of its own while the caller's work on
@@ -71,9 +86,9 @@ def stream_blocks(sources: Sequence[Tensor], device: torch.device) -> Iterator[T
 
     Parameters
     ----------
-    sources : sequence of Tensor
-        ``[kv_heads, n, ...]`` each, one dtype, ``n`` may differ. Pinned if the device is a GPU, and written, if at all,
-        by what the current stream holds already.
+    sources : sequence of sequence of Tensor
+        The pieces of every block in order, ``[kv_heads, n, ...]`` each, one dtype and one order in memory, ``n`` may differ.
+        Pinned if the device is a GPU, and written, if at all, by what the current stream holds already.
     device : torch.device
 
     Returns
@@ -86,11 +101,10 @@ def stream_blocks(sources: Sequence[Tensor], device: torch.device) -> Iterator[T
     Holds two blocks on the device.
     """
     if device.type != "cuda" or not sources:
-        return (source.to(device) for source in sources)
-    heads, _, *tail = sources[0].shape
-    size = max(source.shape[1] for source in sources)
+        return ((pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), 1)).to(device) for pieces in sources)
+    size = max(map(_length, sources))
     main, side = torch.cuda.current_stream(device), side_stream(device, "read")
-    buffers = [torch.empty(heads, size, *tail, dtype=sources[0].dtype, device=device) for _ in sources[:2]]
+    buffers = [_arranged(sources[0], size, device) for _ in sources[:2]]
     for buffer in buffers:
         buffer.record_stream(side)  # whoever gives up half-way must not free what a copy still writes to
     arrived = [torch.cuda.Event() for _ in buffers]
@@ -102,15 +116,15 @@ def stream_blocks(sources: Sequence[Tensor], device: torch.device) -> Iterator[T
         with torch.cuda.stream(side):
             if i >= 2:
                 side.wait_event(released[i % 2])
-            _copy(buffers[i % 2][:, : sources[i].shape[1]], sources[i])
+            _copy(buffers[i % 2], sources[i])
             arrived[i % 2].record(side)
 
     def blocks() -> Iterator[Tensor]:
-        for i, source in enumerate(sources):
+        for i, pieces in enumerate(sources):
             if i + 1 < len(sources):
                 fetch(i + 1)
             wait_for_copy(main, arrived[i % 2])
-            yield buffers[i % 2][:, : source.shape[1]]
+            yield buffers[i % 2][:, : _length(pieces)]
             released[i % 2].record(main)
 
     fetch(0)

@@ -15,13 +15,14 @@ from alaya_hf.config import WindowConfig
 from alaya_hf.engine.device.loader import Loader, Needed
 from alaya_hf.engine.device.plan import DevicePlan
 from alaya_hf.engine.device.shared import Counters, DeviceShared, after_pass, constant
+from alaya_hf.engine.device.store import LayerStore, TensorStore
+from alaya_hf.engine.device.store.base import copy_lines
 from alaya_hf.engine.device.stored import StoredRun
 from alaya_hf.engine.device.stream import side_stream, stream_blocks, wait_for_copy
 from alaya_hf.engine.prefill import PrefillPass
-from alaya_hf.errors import AlayaError, NonFiniteError
+from alaya_hf.errors import NonFiniteError
 from alaya_hf.kernels.gpu.block_layout import BlockLayout
 from alaya_hf.kernels.gpu.coarse_step import CoarseWorkspace, coarse_step
-from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.kernels.gpu.hot_set import HotSet
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.prefix import Prefix
@@ -34,7 +35,6 @@ from alaya_hf.kernels.partial import Partial, merge_into
 from alaya_hf.storage.db.reader import StoredLayer
 from alaya_hf.storage.db.records import RecordFormat, find_records, missing
 from alaya_hf.storage.db.registered import RegisteredFile
-from alaya_hf.storage.pinned import pinned_pool
 
 _STORE_STEP = 1024  # tokens; the store grows by half, rounded up to this
 _STORE_SLACK = 4096  # tokens that it has room for beyond those of a prefill
@@ -110,6 +110,8 @@ class DeviceTokens:
         Of the store; default: the model's dtype.
     hot_budget : int
         Most bytes of the hot set on the device; 0: none.
+    exact : LayerStore, optional
+        Where the exact tokens go; default: a tensor of the layer's own.
 
     Attributes
     ----------
@@ -119,8 +121,8 @@ class DeviceTokens:
         With blocks ``[batch, kv_heads, blocks, vectors, head_dim]`` float16.
     slack : int
         Slots of the ring beyond those for `local` tokens.
-    store : Tensor ``[batch, kv_heads, capacity, *form.tail]``
-        Host memory, pinned if the device is a GPU.
+    exact : LayerStore
+        The exact tokens in host memory.
     hot : HotSet or None
         Made at the first step that can use one.
     counts, lows : list of int
@@ -136,6 +138,7 @@ class DeviceTokens:
     def __init__(
         self, batch: int, kv_heads: int, layout: Layout | BlockLayout, window: WindowConfig, min_context: int,
         dtype: torch.dtype, device: torch.device, form: StoreFormat | None = None, hot_budget: int = 0,
+        exact: LayerStore | None = None,
     ) -> None:  # fmt: skip
         self.form = StoreFormat(layout.head_dim, dtype) if form is None else form
         self.hot: HotSet | None = None
@@ -151,7 +154,7 @@ class DeviceTokens:
         self.records = layout.allocate(batch, kv_heads, TILE, device)
         # When the copies to the store will be done that the current stream does not know of.
         self._written: torch.cuda.Event | None = None
-        self._set_store(self._make_store(batch, 0))
+        self.exact = TensorStore(batch, kv_heads, self.form, device) if exact is None else exact
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTokens:
         self.settle()
@@ -162,7 +165,7 @@ class DeviceTokens:
             copy.lasts, copy.bounds = list(self.lasts), None if self.bounds is None else self.bounds.clone()
             copy.window_k, copy.window_v = self.window_k.clone(), self.window_v.clone()
             copy.records = self.records.clone()
-            copy._set_store(self._copied_store(len(self.counts), self.store.shape[2], list(range(len(self.counts)))))
+            copy.exact = self._taken(list(range(len(self.counts))))
         return copy
 
     # Sizes ------------------------------------------------------------------------------------------------------------
@@ -220,7 +223,18 @@ class DeviceTokens:
     @property
     def capacity(self) -> int:
         """Places that the store has room for."""
-        return self.store.shape[2]
+        return self.exact.lines
+
+    @property
+    def store(self) -> Tensor:
+        """The store where it is one tensor ``[batch, kv_heads, capacity, *form.tail]``, pinned if the device is a GPU."""
+        assert isinstance(self.exact, TensorStore)
+        return self.exact.tensor
+
+    @property
+    def on_device(self) -> Any:
+        """The store as kernels take it: a tensor, or a :class:`~alaya_hf.kernels.gpu.store_table.StoreTable`."""
+        return self.exact.view
 
     @property
     def buffers(self) -> tuple[Any, ...]:
@@ -292,36 +306,14 @@ class DeviceTokens:
             torch.zeros(shape, dtype=self.dtype, device=self.device),
         )
 
-    @_on_its_device
-    def _make_store(self, batch: int, capacity: int, layers: int = 1, given_back: int = 0) -> Tensor:
-        """Pinned host memory for `capacity` tokens, checked for `layers` such layers, which give places back one by one."""
-        places = layers * batch * (capacity - given_back) + batch * given_back
-        pinned_pool().check_room(places * self.token_bytes, "the offloaded context")
-        if layers > 1 and self.device.type == "cuda":
-            # Made while the device works on the layers before.
-            pinned_pool().prepare(batch * (capacity - given_back) * self.token_bytes, layers)
-        return pinned_pool().allocate((batch, self.kv_heads, capacity, *self.form.tail), self.form.dtype)
+    def _used(self) -> list[int]:
+        """Lines of the store that hold a token, per row."""
+        return [self._own(row, self._places(count)) for row, count in enumerate(self.counts)]
 
     @_on_its_device
-    def _set_store(self, store: Tensor) -> None:
-        self.store = store
-        # The same memory as kernels see it.
-        self.on_device = device_view(store, self.device) if store.is_pinned() else store
-        if self.on_device.data_ptr() != store.data_ptr():
-            raise AlayaError(
-                f"{self.device} sees pinned host memory only as a copy, but engine='device' needs unified addressing. Use "
-                "engine='host'."
-            )
-
-    def _copied_store(self, batch: int, capacity: int, rows: list[int], layers: int = 1) -> Tensor:
+    def _taken(self, rows: list[int]) -> LayerStore:
         """A new store whose row ``i`` holds what row ``rows[i]`` does."""
-        store = self._make_store(batch, capacity, layers, min(self.capacity, capacity))
-        if any(self._places(self.counts[source]) for source in rows):
-            self._wait()
-        for row, source in enumerate(rows):
-            used = self._own(source, self._places(self.counts[source]))
-            store[row, :, :used] = self.store[source, :, :used]
-        return store
+        return self.exact.take(rows, self._used(), self._wait)
 
     def settle(self, vectors: bool = True) -> None:
         """Wait for what was attached, and let the current stream wait for the copies to the store.
@@ -340,6 +332,7 @@ class DeviceTokens:
             self.settle()
             torch.cuda.current_stream(self.device).synchronize()
 
+    @_on_its_device
     def reserve(self, places: int, low: int, layers: int = 1, expected: int = 0) -> None:
         """Make room for `places` lines in the store and `low` in the low-bit copy.
 
@@ -352,13 +345,13 @@ class DeviceTokens:
 
         Raises
         ------
-        HostMemoryError
+        HostMemoryError, PoolFullError
             Before anything has changed.
         """
-        batch, capacity = len(self.counts), self.store.shape[2]
-        if places > capacity:
-            capacity = store_capacity(places, capacity, expected)
-            self._set_store(self._copied_store(batch, capacity, list(range(batch)), layers))
+        batch = len(self.counts)
+        if places > self.capacity:
+            room = store_capacity(places, self.capacity, expected)
+            self.exact.grow(places, room, self._used(), layers, self._wait)
         size = self.layout.tokens
         records = -(-low // size)
         if records > self.records.shape[2]:
@@ -368,6 +361,17 @@ class DeviceTokens:
             )
             grown[:, :, : self.records.shape[2]] = self.records
             self.records = grown
+
+    def extend(self, tokens: int) -> None:
+        """Make room for the next tokens where that changes no buffer: in a pool. Does nothing else.
+
+        Raises
+        ------
+        HostMemoryError, PoolFullError
+            Before anything has changed.
+        """
+        if self.exact.table:
+            self.reserve(self._lines(self.after(tokens)[0]), 0)
 
     def make_room(self, columns: int) -> int:
         """Make the device's buffers for rows of `columns` tokens, empty, and nothing on the host: for plans, on the meta device.
@@ -389,26 +393,24 @@ class DeviceTokens:
         # In blocks: quantising takes twice the model's bytes of working memory.
         for begin in range(0, keys.shape[1], _PACK_BLOCK):
             here = slice(begin, begin + _PACK_BLOCK)
-            rows = self.form.pack(keys[:, here], values[:, here])
+            rows = self.exact.pack(keys[:, here], values[:, here])
             place = self._own(row, start + begin)
-            target = self.store[row, :, place : place + rows.shape[1]]
             if self.device.type != "cuda":
-                target.copy_(rows)
+                self.exact.write(row, place, rows)
                 continue
             # Beside what the device goes on with: the next layers'.
             main, side = torch.cuda.current_stream(self.device), side_stream(self.device, "write")
             side.wait_stream(main)
             rows.record_stream(side)
             with torch.cuda.stream(side):
-                for to, source in zip(target, rows, strict=True):
-                    to.copy_(source, non_blocking=True)
+                self.exact.write(row, place, rows)
                 self._written = torch.cuda.Event()
                 self._written.record(side)
 
     def _pieces(self, row: int, start: int, stop: int) -> list[Tensor]:
         """Places of a row where they lie in host memory, in order: ``[kv_heads, n, *form.tail]`` each, views."""
         if self.stored is None:
-            return [self.store[row, :, start:stop]] if start < stop else []
+            return self.exact.pieces(row, start, stop) if start < stop else []
         first, last = self.stored.first, self.lasts[row]
         pieces = []
         for begin, end in ((0, first), (first, last), (last, stop)):
@@ -419,17 +421,15 @@ class DeviceTokens:
                 pieces.append(self.stored.places(begin, end))
             else:
                 line = self._own(row, begin)
-                pieces.append(self.store[row, :, line : line + end - begin])
+                pieces += self.exact.pieces(row, line, line + end - begin)
         return pieces
 
     def read_store(self, row: int, start: int, stop: int) -> Tensor:
         """Places of a row on the device: ``[kv_heads, stop - start, 2, head_dim]`` in the model's dtype."""
         self.settle()
-        shape = (self.kv_heads, max(0, stop - start), *self.form.tail)
-        rows, at = torch.empty(shape, dtype=self.form.dtype, device=self.device), 0
+        rows, at = self.exact.buffer(max(0, stop - start)), 0
         for piece in self._pieces(row, start, stop):
-            for target, source in zip(rows[:, at : at + piece.shape[1]], piece, strict=True):
-                target.copy_(source, non_blocking=True)
+            copy_lines(rows[:, at : at + piece.shape[1]], piece)
             at += piece.shape[1]
         return self.form.unpack(rows, self.dtype)
 
@@ -705,15 +705,16 @@ class DeviceTokens:
         The first block starts at once, while the device does something else.
         """
         self.settle()
-        spans = [
-            (row, piece)
-            for row, low in enumerate(self.lows)
-            for start in range(0, low, size)
-            for piece in self._pieces(row, start, min(low, start + size))
-        ]
-        moved = sum(piece.shape[1] for _, piece in spans) * self.token_bytes
-        arriving = stream_blocks([piece for _, piece in spans], self.device)
-        return OffloadedBlocks([row for row, _ in spans], arriving, moved)
+        rows: list[int] = []
+        sources: list[list[Tensor]] = []
+        for row, low in enumerate(self.lows):
+            for start in range(0, low, size):
+                pieces = self._pieces(row, start, min(low, start + size))
+                # The runs of a pool together, file and store apart.
+                sources += [pieces] if self.exact.table else [[piece] for piece in pieces]
+                rows += [row] * (len(sources) - len(rows))
+        arriving = stream_blocks(sources, self.device)
+        return OffloadedBlocks(rows, arriving, sum(self.lows) * self.token_bytes)
 
     @_on_its_device
     def attend(self, attention: PrefillPass, blocks: OffloadedBlocks) -> tuple[Partial, int]:
@@ -883,6 +884,9 @@ class DeviceTokens:
                 kv = self.read_store(row, start, low)
                 self._quantise(row, start, kv[:, :, 0], kv[:, :, 1])
         self.counts, self.lows = list(counts), lows
+        if self.exact.table:
+            self._wait()
+            self.exact.open(self._used())
         if self.stored is not None and self.bounds is not None:
             # What comes after a place of the file goes to the store. In place: graphs stay valid.
             first = self.stored.first
@@ -892,18 +896,19 @@ class DeviceTokens:
             self.hot.clear()
 
     def select(self, rows: list[int]) -> None:
-        """Row ``i`` becomes what row ``rows[i]`` was. Copies everything but what lies in a file, in host memory too."""
+        """Row ``i`` becomes what row ``rows[i]`` was. Copies everything but what lies in a file, in host memory too unless an
+        allocator shares it."""
         if rows == list(range(len(self.counts))):
             return
         self.settle()
-        store = self._copied_store(len(rows), self.store.shape[2], rows)
+        store = self._taken(rows)
         index = torch.tensor(rows, device=self.device)
         self.window_k, self.window_v = self.window_k.index_select(0, index), self.window_v.index_select(0, index)
         self.records = self.records.index_select(0, index)
         self.counts, self.lows = [self.counts[row] for row in rows], [self.lows[row] for row in rows]
         if self.bounds is not None:
             self.lasts, self.bounds = [self.lasts[row] for row in rows], self.bounds.index_select(0, index)
-        self._set_store(store)
+        self.exact = store
         if self.hot is not None and self.hot.batch == len(rows):
             self.hot.clear()
         else:

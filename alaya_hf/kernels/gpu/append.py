@@ -12,6 +12,7 @@ from alaya_hf.kernels.gpu.op import check, next_power_of_2, operator
 from alaya_hf.kernels.gpu.prefix import locate
 from alaya_hf.kernels.gpu.quantise import quantise_tokens
 from alaya_hf.kernels.gpu.store_format import StoreFormat
+from alaya_hf.kernels.gpu.store_table import line_of, table_format
 
 
 def leaving_tiles(new: int) -> int:
@@ -58,9 +59,10 @@ def _collect(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _write(  # type: ignore[no-untyped-def]
-    k_new, v_new, win_k, win_v, store, scales, total, low, bounds, slots, ring, init, local, new, capacity, store_capacity,
+    k_new, v_new, win_k, win_v, store, scales, total, low, bounds, blocks, slots, ring, init, local, new, capacity,
+    store_capacity, block_count,
     H: tl.constexpr, D: tl.constexpr, DP2: tl.constexpr, FORMAT: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr,
-    PREFIX: tl.constexpr,
+    PREFIX: tl.constexpr, TABLE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -81,18 +83,21 @@ def _write(  # type: ignore[no-untyped-def]
     if PREFIX:
         line, in_prefix, there = locate(bounds, bh // H, place)
         fits = fits & (in_prefix == 0)
-    fits = fits & (line < store_capacity)
-    here = bh * store_capacity + line
+    if TABLE:
+        row_at, fits = line_of(blocks, bh // H, line, fits, block_count, H, bh % H, ROW, PAGE)
+    else:
+        fits = fits & (line < store_capacity)
+        row_at = (bh * store_capacity + line) * ROW
     if FORMAT > 0:
         k_codes, k_scale = quantise(k.to(tl.float32), FORMAT)
         v_codes, v_scale = quantise(v.to(tl.float32), FORMAT)
-        tl.store(scales + here * (ROW // 4) + SCALES, k_scale, mask=fits)
-        tl.store(scales + here * (ROW // 4) + SCALES + 1, v_scale, mask=fits)
+        tl.store(scales + row_at // 4 + SCALES, k_scale, mask=fits)
+        tl.store(scales + row_at // 4 + SCALES + 1, v_scale, mask=fits)
     else:
         k_codes = k
         v_codes = v
-    tl.store(store + here * ROW + c, k_codes, mask=fits & (c < D))
-    tl.store(store + here * ROW + D + c, v_codes, mask=fits & (c < D))
+    tl.store(store + row_at + c, k_codes, mask=fits & (c < D))
+    tl.store(store + row_at + D + c, v_codes, mask=fits & (c < D))
 
 
 @operator("collect_leaving", mutates=["left_k", "left_v", "first_tile", "counts"])
@@ -127,25 +132,28 @@ def collect_leaving(
 @operator("write_tokens", mutates=["window_k", "window_v", "store"])
 def write_tokens(
     k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor, total: Tensor, low: Tensor, init: int, local: int,
-    capacity: int, bounds: Tensor | None = None,
+    capacity: int, bounds: Tensor | None = None, blocks: Tensor | None = None, block_tokens: int = 0,
 ) -> None:  # fmt: skip
     """Write new tokens to the store, and to the window those that stay in it. Parameters as in :func:`append_tokens`."""
     batch, heads, slots, d = window_k.shape
-    new, form = k.shape[2], StoreFormat.of(store, d)
+    new = k.shape[2]
+    form = StoreFormat.of(store, d) if blocks is None else table_format(store, blocks, block_tokens, batch, d)
     check(k, "k", (batch, heads, new, d))
     check(v, "v", (batch, heads, new, d))
     elements, scales = form.kernel_views(store)
     _write[(new, batch * heads)](
-        k, v, window_k, window_v, elements, scales, total, low, total if bounds is None else bounds, slots, slots - init, init,
-        local, new, capacity, store.shape[2], H=heads, D=d, DP2=next_power_of_2(d), FORMAT=form.code, ROW=form.row,
-        SCALES=form.scale_place, PREFIX=bounds is not None, num_warps=1,
+        k, v, window_k, window_v, elements, scales, total, low, total if bounds is None else bounds,
+        total if blocks is None else blocks, slots, slots - init, init, local, new, capacity,
+        store.shape[2] if blocks is None else 0, 0 if blocks is None else blocks.shape[1], H=heads, D=d, DP2=next_power_of_2(d),
+        FORMAT=form.code, ROW=form.row, SCALES=form.scale_place, PREFIX=bounds is not None, TABLE=blocks is not None,
+        PAGE=block_tokens, num_warps=1,
     )  # fmt: skip
 
 
 def append_tokens(
     k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor, records: Tensor, total: Tensor, low: Tensor,
     left_k: Tensor, left_v: Tensor, first_tile: Tensor, counts: Tensor, init: int, local: int, key_bits: int, value_bits: int,
-    bounds: Tensor | None = None,
+    bounds: Tensor | None = None, blocks: Tensor | None = None, block_tokens: int = 0,
 ) -> None:  # fmt: skip
     """Take consecutive new tokens in, all rows alike, as one-token steps would one after the other.
 
@@ -163,6 +171,8 @@ def append_tokens(
         Recent tokens that the window keeps at least.
     bounds : Tensor ``[batch, 3]`` int64, optional
         Of a :class:`~alaya_hf.kernels.gpu.prefix.Prefix`: the store has the other places alone.
+    blocks, block_tokens : Tensor ``[batch, n]`` int64, int
+        With them `store` is the rows of a :class:`~alaya_hf.kernels.gpu.store_table.StoreTable`.
 
     Notes
     -----
@@ -173,7 +183,7 @@ def append_tokens(
         k, v, window_k, window_v, total, low, left_k, left_v, first_tile, counts, init, local, capacity
     )  # fmt: skip
     quantise_tokens(left_k, left_v, records, first_tile, counts, key_bits, value_bits)
-    write_tokens(k, v, window_k, window_v, store, total, low, init, local, capacity, bounds)
+    write_tokens(k, v, window_k, window_v, store, total, low, init, local, capacity, bounds, blocks, block_tokens)
 
 
 __all__ = ["append_tokens", "collect_leaving", "leaving_tiles", "write_tokens"]

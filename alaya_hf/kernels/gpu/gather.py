@@ -13,6 +13,7 @@ from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.op import LOG2E, check, next_power_of_2, operator
 from alaya_hf.kernels.gpu.prefix import Prefix, check_prefix, locate
 from alaya_hf.kernels.gpu.store_format import StoreFormat
+from alaya_hf.kernels.gpu.store_table import table_format
 from alaya_hf.kernels.gpu.unpack import constants, load_values
 
 
@@ -107,8 +108,9 @@ def _gather(  # type: ignore[no-untyped-def]
             k = tl.load(store + row_at[:, None] + c[None, :], mask=over_bus, other=0)
             v = tl.load(store + row_at[:, None] + D + c[None, :], mask=over_bus, other=0)
         if FORMAT > 0:
-            k_scale = tl.load(scales + line * (ROW // 4) + SCALES, mask=far, other=0.0)
-            v_scale = tl.load(scales + line * (ROW // 4) + SCALES + 1, mask=far, other=0.0)
+            scale_at = row_at // 4 if TABLE else line * (ROW // 4)
+            k_scale = tl.load(scales + scale_at + SCALES, mask=far, other=0.0)
+            v_scale = tl.load(scales + scale_at + SCALES + 1, mask=far, other=0.0)
         if HOT:
             tl.store(staged + stage[:, None] * ROW + c[None, :], k, mask=over_bus)
             tl.store(staged + stage[:, None] * ROW + D + c[None, :], v, mask=over_bus)
@@ -378,57 +380,55 @@ __all__ = ["TILE", "block", "gather_attention", "gather_attention_hot", "gather_
 def gather_attention_blocks(
     pool: Tensor, blocks: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor,
     records: Tensor, acc: Tensor, ml: Tensor, fetched: Tensor, block_tokens: int, slot0: int, scaling: float, key_bits: int,
-    value_bits: int, union: bool, replace: bool,
+    value_bits: int, union: bool, replace: bool, positions: int = 1,
 ) -> None:  # fmt: skip
     """:func:`gather_attention` over tokens that lie where an allocator put them: through a block table, nothing is copied.
 
     Parameters
     ----------
     pool : Tensor
-        float16 or bfloat16, flat: where the table's offsets count from; in memory that kernels read.
+        Flat: the lines of a :class:`~alaya_hf.kernels.gpu.store_table.StoreTable`, where the table's offsets count from; in
+        memory that kernels read.
     blocks : Tensor ``[batch, n]`` int64
         Elements from the beginning of `pool` to the first row of each block of a sequence, multiples of 8; a row is a token's
         ``[kv_heads, 2, head_dim]``. :func:`alaya_hf.storage.allocators.block_table` makes them.
     block_tokens : int
         Tokens of a block; 0: a sequence is one run, and has one entry.
-    q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, slot0, scaling, key_bits, value_bits, union, replace
+    q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, slot0, scaling, key_bits, value_bits, union, replace, \
+    positions
         As for :func:`gather_attention`; token ids count from the sequence's first token.
 
     Raises
     ------
     ValueError
     """
-    check(blocks, "blocks", (ids.shape[0], None), torch.int64)
-    if pool.dim() != 1 or pool.dtype not in (torch.float16, torch.bfloat16) or block_tokens < 0:
-        raise ValueError(
-            f"expected a flat pool in float16 or bfloat16 and blocks of at least 0 tokens, got {list(pool.shape)} {pool.dtype} "
-            f"and {block_tokens}"
-        )
+    table_format(pool, blocks, block_tokens, ids.shape[0], q.shape[2])
     _launch(
         pool, q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, None, slot0, scaling, key_bits,
-        value_bits, union, replace, 1, blocks, block_tokens,
+        value_bits, union, replace, positions, blocks, block_tokens,
     )  # fmt: skip
 
 
 def gather_attention_blocks_reference(
     pool: Tensor, blocks: Tensor, q: Tensor, ids: Tensor, counts: Tensor, thresholds: Tensor, limits: Tensor, scores: Tensor,
     records: Tensor, acc: Tensor, ml: Tensor, fetched: Tensor, block_tokens: int, slot0: int, scaling: float, key_bits: int,
-    value_bits: int, union: bool, replace: bool,
+    value_bits: int, union: bool, replace: bool, positions: int = 1,
 ) -> None:  # fmt: skip
     """:func:`gather_attention_blocks` in plain torch: the listed tokens' rows are brought to where a store has them."""
     batch, heads = ids.shape[:2]
-    row = 2 * q.shape[2]
+    form = table_format(pool, blocks, block_tokens, batch, q.shape[2])
+    row = form.row
     place = torch.arange(ids.shape[3], device=ids.device) < counts.unsqueeze(-1)
     token = torch.where(place, ids.long(), 0)
     which, within = (token // block_tokens, token % block_tokens) if block_tokens else (token * 0, token)
     start = blocks.gather(1, which.view(batch, -1)).view_as(token)
     line = within * heads + torch.arange(heads, device=ids.device).view(1, -1, 1, 1)
-    store = pool.new_zeros(batch, heads, int(token.max()) + 1, 2, q.shape[2])
+    store = pool.new_zeros(batch, heads, int(token.max()) + 1, *form.tail)
     for b, h, g, x in place.nonzero().tolist():
         # Offsets may be negative, of a sequence that lies before the one they count from.
         at = pool.storage_offset() + int(start[b, h, g, x] + line[b, h, g, x] * row)
-        store[b, h, token[b, h, g, x]] = torch.as_strided(pool, (2, row // 2), (row // 2, 1), at)
+        store[b, h, token[b, h, g, x]] = torch.as_strided(pool, (row,), (1,), at).view(form.tail)
     gather_attention_reference(
         store, q, ids, counts, thresholds, limits, scores, records, acc, ml, fetched, slot0, scaling, key_bits, value_bits,
-        union, replace,
+        union, replace, positions,
     )  # fmt: skip

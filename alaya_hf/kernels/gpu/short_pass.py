@@ -12,6 +12,7 @@ from alaya_hf.kernels.gpu import gather, lowbit, merge
 from alaya_hf.kernels.gpu.append import append_tokens
 from alaya_hf.kernels.gpu.prefix import Prefix
 from alaya_hf.kernels.gpu.step import Workspace
+from alaya_hf.kernels.gpu.store_table import StoreTable
 from alaya_hf.kernels.gpu.window_rows import window_rows_attention
 
 #: Bytes of scores that a pass may keep at a time: the rows of 16 positions over 512K tokens, with 32 query heads.
@@ -37,9 +38,9 @@ def positions_at_a_time(batch: int, heads: int, tokens: int, new: int) -> int:
 
 
 def short_pass(
-    work: Workspace, q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor, records: Tensor,
-    total: Tensor, low: Tensor, init: int, local: int, scaling: float, beta: float, ratio: float = 1.0, union: bool = True,
-    watch: Callable[[Workspace, int], None] | None = None, prefix: Prefix | None = None,
+    work: Workspace, q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor | StoreTable,
+    records: Tensor, total: Tensor, low: Tensor, init: int, local: int, scaling: float, beta: float, ratio: float = 1.0,
+    union: bool = True, watch: Callable[[Workspace, int], None] | None = None, prefix: Prefix | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend with several new tokens, each as :func:`~alaya_hf.kernels.gpu.step.decode_step` would, then append them.
 
@@ -91,16 +92,17 @@ def short_pass(
         lse[:, :, :, here] = part.lse.view(batch, kv_heads, count, work.group).transpose(2, 3)
         if watch is not None:
             watch(part, start)
+    to, *blocks = store if isinstance(store, StoreTable) else (store, None, 0)
     append_tokens(
-        k, v, window_k, window_v, store, records, total, low, work.left_k, work.left_v, work.first_tile, work.leaving, init,
-        local, *bits, None if prefix is None else prefix.bounds,
+        k, v, window_k, window_v, to, records, total, low, work.left_k, work.left_v, work.first_tile, work.leaving, init,
+        local, *bits, None if prefix is None else prefix.bounds, *blocks,
     )  # fmt: skip
     return out.view(batch, heads, new, d), lse.view(batch, heads, new)
 
 
 def _attend(
-    work: Workspace, q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor, records: Tensor,
-    total: Tensor, low: Tensor, init: int, first: int, scaling: float, beta: float, ratio: float, union: bool,
+    work: Workspace, q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor | StoreTable,
+    records: Tensor, total: Tensor, low: Tensor, init: int, first: int, scaling: float, beta: float, ratio: float, union: bool,
     bits: tuple[int, int], prefix: Prefix | None,
 ) -> None:  # fmt: skip
     """One share of the positions: ``work.out`` and ``work.lse``."""
@@ -127,9 +129,14 @@ def _attend(
         work.tile_max, work.scores, work.best, work.ml, low, work.ids, work.counts, work.thresholds, work.limits, work.chosen,
         work.window_parts, work.parts, scaling, beta, ratio,
     )  # fmt: skip
-    gather.gather_attention(
-        store, q, work.ids, work.counts, work.thresholds, work.limits, work.scores, records, work.acc, work.ml, work.fetched,
-        work.window_parts + work.parts, scaling, *bits, union, True, positions,
-        *((None, None) if prefix is None else prefix.selected(work.ids, work.counts)),
-    )  # fmt: skip
+    selected = (q, work.ids, work.counts, work.thresholds, work.limits, work.scores, records)
+    to, how = (
+        (work.acc, work.ml, work.fetched),
+        (work.window_parts + work.parts, scaling, *bits, union, True, positions),
+    )
+    if isinstance(store, StoreTable):
+        gather.gather_attention_blocks(store.rows, store.blocks, *selected, *to, store.block_tokens, *how)
+    else:
+        where = (None, None) if prefix is None else prefix.selected(work.ids, work.counts)
+        gather.gather_attention(store, *selected, *to, *how, *where)
     merge.merge_partials(work.acc, work.ml, work.out, work.lse, work.best)

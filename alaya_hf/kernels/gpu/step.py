@@ -17,6 +17,7 @@ from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.op import next_power_of_2
 from alaya_hf.kernels.gpu.prefix import Prefix
 from alaya_hf.kernels.gpu.store_format import StoreFormat
+from alaya_hf.kernels.gpu.store_table import StoreTable
 
 
 @dataclass
@@ -115,9 +116,9 @@ def _front(x: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def decode_step(
-    work: Workspace, q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor, records: Tensor,
-    total: Tensor, low: Tensor, init: int, local: int, scaling: float, beta: float, ratio: float = 1.0, union: bool = True,
-    hot: HotSet | None = None, prefix: Prefix | None = None,
+    work: Workspace, q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor | StoreTable,
+    records: Tensor, total: Tensor, low: Tensor, init: int, local: int, scaling: float, beta: float, ratio: float = 1.0,
+    union: bool = True, hot: HotSet | None = None, prefix: Prefix | None = None,
 ) -> Tensor:  # fmt: skip
     """Append a token and attend: window exactly, selected tokens exactly, all others from the low-bit copy.
 
@@ -130,6 +131,7 @@ def decode_step(
     q : Tensor ``[batch, heads, head_dim]``
     k, v : Tensor ``[batch, kv_heads, head_dim]``
     window_k, window_v, store, total, low, init : see :func:`~alaya_hf.kernels.gpu.window.window_attention`
+        A table of a pool goes with neither hot set nor prefix.
     records : Tensor ``[batch, kv_heads, tiles, record / 4]`` int32
     local : int
         Recent tokens that the window keeps at least.
@@ -150,11 +152,12 @@ def decode_step(
     layout = work.layout
     bits = (layout.key_bits, layout.value_bits)
     after_window = work.window_parts + work.parts
+    rows, *blocks = store if isinstance(store, StoreTable) else (store, None, 0)
 
     def at_the_window() -> None:
         window.window_attention(
-            q, k, v, window_k, window_v, store, total, low, work.best, work.acc, work.ml, 0, init, scaling,
-            None if prefix is None else prefix.bounds,
+            q, k, v, window_k, window_v, rows, total, low, work.best, work.acc, work.ml, 0, init, scaling,
+            None if prefix is None else prefix.bounds, *blocks,
         )  # fmt: skip
         quantise.extend_lowbit(window_k, window_v, records, total, low, init, local, *bits)
 
@@ -175,13 +178,16 @@ def decode_step(
         work.tile_max, work.scores, work.best, work.ml, low, work.ids, work.counts, work.thresholds, work.limits, work.chosen,
         work.window_parts, work.parts, scaling, beta, ratio,
     )  # fmt: skip
-    selected = (store, q, work.ids, work.counts, work.thresholds, work.limits, work.scores, records)
+    selected = (q, work.ids, work.counts, work.thresholds, work.limits, work.scores, records)
     to, how = (work.acc, work.ml, work.fetched), (after_window, scaling, *bits, union, True)
     where = (None, None) if prefix is None else prefix.selected(work.ids, work.counts)
-    if hot is None:
-        gather.gather_attention(*selected, *to, *how, 1, *where)
+    if isinstance(store, StoreTable):
+        gather.gather_attention_blocks(store.rows, store.blocks, *selected, *to, store.block_tokens, *how)
+    elif hot is None:
+        gather.gather_attention(store, *selected, *to, *how, 1, *where)
     else:
         gather.gather_attention_hot(
+            store,
             *selected,
             *to,
             hot.rows,

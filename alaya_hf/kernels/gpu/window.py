@@ -12,6 +12,7 @@ from alaya_hf.kernels.gpu.layout import TILE
 from alaya_hf.kernels.gpu.op import LOG2E, check, next_power_of_2, operator
 from alaya_hf.kernels.gpu.prefix import Prefix, locate
 from alaya_hf.kernels.gpu.store_format import StoreFormat
+from alaya_hf.kernels.gpu.store_table import line_of, table_format
 
 BLOCK = 64  # window slots of one program
 
@@ -23,10 +24,11 @@ def splits(slots: int) -> int:
 
 @triton.jit
 def _window(  # type: ignore[no-untyped-def]
-    q_ptr, k_new, v_new, win_k, win_v, store, scales, total, low, best, acc, ml, bounds,
-    slots, ring, init, store_capacity, partials, slot0, factor,
+    q_ptr, k_new, v_new, win_k, win_v, store, scales, total, low, best, acc, ml, bounds, blocks,
+    slots, ring, init, store_capacity, block_count, partials, slot0, factor,
     H: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP2: tl.constexpr, BLOCK: tl.constexpr,
     STORE: tl.constexpr, FORMAT: tl.constexpr, ROW: tl.constexpr, SCALES: tl.constexpr, PREFIX: tl.constexpr,
+    TABLE: tl.constexpr, PAGE: tl.constexpr,
 ):  # fmt: skip
     split = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
@@ -78,25 +80,29 @@ def _window(  # type: ignore[no-untyped-def]
             if PREFIX:
                 line, in_prefix, there = locate(bounds, b, newest)
                 room = room & (in_prefix == 0)
-            room = room & (line < store_capacity)
-            here = bh * store_capacity + line
+            if TABLE:
+                row_at, room = line_of(blocks, b, line, room, block_count, H, bh % H, ROW, PAGE)
+            else:
+                room = room & (line < store_capacity)
+                row_at = (bh * store_capacity + line) * ROW
             fits = (c < D) & room
             if FORMAT > 0:
                 k_codes, k_scale = quantise(kn.to(tl.float32), FORMAT)
                 v_codes, v_scale = quantise(vn.to(tl.float32), FORMAT)
-                tl.store(scales + here * (ROW // 4) + SCALES, k_scale, mask=room)
-                tl.store(scales + here * (ROW // 4) + SCALES + 1, v_scale, mask=room)
+                tl.store(scales + row_at // 4 + SCALES, k_scale, mask=room)
+                tl.store(scales + row_at // 4 + SCALES + 1, v_scale, mask=room)
             else:
                 k_codes = kn
                 v_codes = vn
-            tl.store(store + here * ROW + c, k_codes, mask=fits)
-            tl.store(store + here * ROW + D + c, v_codes, mask=fits)
+            tl.store(store + row_at + c, k_codes, mask=fits)
+            tl.store(store + row_at + D + c, v_codes, mask=fits)
 
 
 @operator("window_attention", mutates=["window_k", "window_v", "store", "best", "acc", "ml"])
 def window_attention(
     q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor | None, total: Tensor, low: Tensor,
     best: Tensor, acc: Tensor, ml: Tensor, slot0: int, init: int, scaling: float, bounds: Tensor | None = None,
+    blocks: Tensor | None = None, block_tokens: int = 0,
 ) -> None:  # fmt: skip
     """Append a token to the window and to the store, and attend to the window with it.
 
@@ -123,6 +129,8 @@ def window_attention(
         are relative to with the sum of weights.
     bounds : Tensor ``[batch, 3]`` int64, optional
         Of a :class:`~alaya_hf.kernels.gpu.prefix.Prefix`: the store has the other places alone.
+    blocks, block_tokens : Tensor ``[batch, n]`` int64, int
+        With them `store` is the rows of a :class:`~alaya_hf.kernels.gpu.store_table.StoreTable`.
     """
     batch, heads, slots, d = window_k.shape
     group = q.shape[1] // heads
@@ -131,21 +139,28 @@ def window_attention(
     check(v, "v", (batch, heads, d))
     check(window_k, "window_k", (batch, heads, slots, d))
     check(window_v, "window_v", (batch, heads, slots, d))
-    form = StoreFormat(d, window_k.dtype) if store is None else StoreFormat.of(store, d)
+    if store is None:
+        form = StoreFormat(d, window_k.dtype)
+    elif blocks is None:
+        form = StoreFormat.of(store, d)
+    else:
+        form = table_format(store, blocks, block_tokens, batch, d)
     elements, scales = form.kernel_views(window_k if store is None else store)
     check(acc, "acc", (batch, heads, group, None, d), torch.float32)
     _window[(splits(slots), batch * heads)](
         q, k, v, window_k, window_v, elements, scales, total, low, best, acc, ml, total if bounds is None else bounds,
-        slots, slots - init, init, 0 if store is None else store.shape[2], acc.shape[3], slot0, scaling * LOG2E,
-        H=heads, G=group, GP=max(16, next_power_of_2(group)), D=d, DP2=next_power_of_2(d), BLOCK=BLOCK,
+        total if blocks is None else blocks, slots, slots - init, init,
+        0 if store is None or blocks is not None else store.shape[2], 0 if blocks is None else blocks.shape[1], acc.shape[3],
+        slot0, scaling * LOG2E, H=heads, G=group, GP=max(16, next_power_of_2(group)), D=d, DP2=next_power_of_2(d), BLOCK=BLOCK,
         STORE=store is not None, FORMAT=form.code, ROW=form.row, SCALES=form.scale_place,
-        PREFIX=bounds is not None, num_warps=4,
+        PREFIX=bounds is not None, TABLE=blocks is not None, PAGE=block_tokens, num_warps=4,
     )  # fmt: skip
 
 
 def window_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, window_k: Tensor, window_v: Tensor, store: Tensor | None, total: Tensor, low: Tensor,
     best: Tensor, acc: Tensor, ml: Tensor, slot0: int, init: int, scaling: float, bounds: Tensor | None = None,
+    blocks: Tensor | None = None, block_tokens: int = 0,
 ) -> None:  # fmt: skip
     """:func:`window_attention` in plain torch: one partial, the others empty."""
     batch, heads, slots, d = window_k.shape
@@ -159,7 +174,14 @@ def window_attention_reference(
         if bounds is not None:
             lines, own = Prefix(window_k, bounds).own_lines(row, torch.tensor(p - init))
             line, mine = int(lines), bool(own)
-        if store is not None and mine and p >= init and line < store.shape[2]:
+        if store is not None and blocks is not None and p >= init:
+            form = table_format(store, blocks, block_tokens, batch, d)
+            which, within = divmod(line, block_tokens) if block_tokens else (0, line)
+            if which < blocks.shape[1] and int(blocks[row, which]) >= 0:
+                at = store.storage_offset() + int(blocks[row, which]) + within * heads * form.row
+                target = torch.as_strided(store, (heads, form.row), (form.row, 1), at)
+                target.copy_(form.pack(k[row], v[row]).flatten(1))
+        elif store is not None and blocks is None and mine and p >= init and line < store.shape[2]:
             rows = StoreFormat.of(store, d).pack(k[row], v[row])
             store[row, :, line] = rows.to(store.device)
         held = list(range(min(init, p + 1))) + [init + x % ring for x in range(begin, p + 1 - init)]

@@ -241,6 +241,26 @@ class KVPool(ABC, Generic[S]):
                 rows[:, left - begin : right - begin].copy_(kv[:, left - start : right - start].detach())
             begin = end
 
+    def own(self, sequence: int, start: int, stop: int) -> None:
+        """Copy what is shared of the tokens ``[start, stop)``, for who writes to where they lie. They may move.
+
+        Raises
+        ------
+        PoolFullError
+            If there is no room for the copy.
+        UnknownSequenceError
+        """
+        state = self._state(sequence)
+        if not 0 <= start <= stop <= state.length:
+            raise AlayaError(f"cannot own the tokens [{start:,}, {stop:,}) of a sequence of {state.length:,} tokens.")
+        self._own(state, start, stop)
+        self._note()
+
+    @property
+    def layer_stride(self) -> int | None:
+        """Bytes from a token's row in a layer to its row in the next, the same for all tokens; None where layers lie apart."""
+        return None
+
     @property
     def stats(self) -> AllocatorStats:
         """Counters and sizes now. Linear in the blocks of all sequences."""

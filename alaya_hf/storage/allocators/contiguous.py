@@ -30,6 +30,11 @@ class ContiguousPool(KVPool[_State]):
         self._free = FreeRuns()
         self._free.add(0, arena.capacity)
 
+    @property
+    def layer_stride(self) -> int:
+        """See :attr:`KVPool.layer_stride`."""
+        return self.max_tokens * self.shape.row_bytes
+
     def _open(self, tokens: int) -> _State:
         self._check(tokens)
         start = self._free.take(self._size)

@@ -21,6 +21,11 @@ class PagedPool(BlockedPool):
         self._fresh = 0  # blocks from here on were never taken, and stand before the returned ones in the queue
         self._returned: deque[int] = deque()
 
+    @property
+    def layer_stride(self) -> int:
+        """See :attr:`KVPool.layer_stride`."""
+        return self.blocks * self.block * self.shape.row_bytes
+
     def _take(self, count: int, last: int | None) -> np.ndarray:
         fresh = min(count, self.blocks - self._fresh)
         blocks = list(range(self._fresh, self._fresh + fresh))

@@ -22,6 +22,11 @@ class SegmentPool(BlockedPool):
         if self.blocks:
             self._free.add(0, self.blocks)
 
+    @property
+    def layer_stride(self) -> int:
+        """See :attr:`KVPool.layer_stride`."""
+        return self.block * self.shape.row_bytes
+
     def _take(self, count: int, last: int | None) -> np.ndarray:
         pieces = []
         if last is not None:

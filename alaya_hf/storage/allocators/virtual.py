@@ -41,6 +41,11 @@ class VirtualPool(KVPool[_State]):
         self._spare: list[int] = []  # reservations of sequences that are gone
         self._scratch: int | None = None
 
+    @property
+    def layer_stride(self) -> int:
+        """See :attr:`KVPool.layer_stride`."""
+        return self._layer
+
     def _open(self, tokens: int) -> _State:
         self._check(tokens)
         state = _State(0, self._reserve(), np.zeros((self.shape.layers, 0), np.int64))

@@ -127,8 +127,7 @@ class Bench:
         """Of the cache, with one of :data:`PREFILLS`; the store in 8 bits where this machine's memory asks for it."""
         base = speed_model.DEVICE if self.cuda else speed_model.DEVICE.replace(engine="host")
         if allocation is not None:
-            changes: dict[str, Any] = {"allocator": allocation}
-            base = base.replace(**changes)
+            base = speed_model.allocated(base, allocation, context + self.new)
         if self.cuda:
             base = base.replace(store_dtype=self.store(context, batch, layers, self.here))
         if prefill == "retrieval":
