@@ -14,7 +14,7 @@ from alaya_hf.storage.memory import available_host_memory
 from eval.environment import describe
 from eval.random_model import SHAPES
 from eval.studies.allocation_bsfa_70b.grid import PARTS, Grid, grid
-from eval.studies.allocation_bsfa_70b.measure import ALLOCATES, BASELINES, PREFILLS, Bench, _bytes
+from eval.studies.allocation_bsfa_70b.measure import BASELINES, PREFILLS, Bench, _bytes
 from eval.studies.allocation_bsfa_70b.page import page
 from eval.studies.cells import Cells
 
@@ -86,7 +86,8 @@ def allocation_bsfa_70b(
     # Not the date, which would make every day's cells others.
     named = torch.cuda.get_device_name() if cuda and timed else describe().split(";")[0]
     asked = Grid(
-        _list(parts), names, ALLOCATES, _list(prefills), _list(baselines), [int(part) for part in _list(contexts)],
+        # Only the device engine's store is handed out by an allocator: its times depend on it.
+        _list(parts), names, cuda, _list(prefills), _list(baselines), [int(part) for part in _list(contexts)],
         [None if part == "largest" else int(part) for part in _list(batches)], min(few, bench.held), documents, named,
         {"devices": devices, "memory": device_memory, "host": host_memory},
     )  # fmt: skip

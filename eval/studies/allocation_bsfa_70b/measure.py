@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +29,6 @@ from eval.speed_prefill import prefill_once, weight_bytes
 
 PREFILLS = ("dense", "bsfa", "blasst", "retrieval")
 BASELINES = ("resident", "full", "static_compiled", "offloaded")
-#: Whether the engine's own store can be handed out by an allocator, so that times depend on it.
-ALLOCATES = "allocator" in {each.name for each in dataclasses.fields(AlayaConfig)}
 _WARM = 4096  # tokens that compile the kernels before anything is timed
 _CALIBRATED = 131072  # tokens that BSFA's thresholds are made from, at most
 _MOST_ROWS = 64  # that are looked for
