@@ -15,12 +15,13 @@ from eval.data import long_contracts
 from eval.environment import describe
 from eval.models import load
 from eval.planner_grid import grid, summary
+from eval.planner_pareto import WARM, fixed, measured_costs, planned, plot, table, tracks
 from eval.planner_quality import quality
 from eval.report import markdown, write_csv
 
 
 def planner(
-    part: Annotated[str, typer.Option(help="grid, quality or both.")] = "both",
+    part: Annotated[str, typer.Option(help="grid, quality, pareto, or both: grid and quality.")] = "both",
     device: Annotated[str, typer.Option(help="cpu: the host engine; cuda: the device engine.")] = "cpu",
     contexts: Annotated[str, typer.Option(help="Context lengths of the grid. [default: by device]")] = "",
     shape: Annotated[str, typer.Option(help="Query heads, KV heads, head dimension of the grid's layer.")] = "32,8,128",
@@ -36,11 +37,11 @@ def planner(
     output: Annotated[Path, typer.Option(help="Folder for tables and CSV.")] = Path("results/planner"),
 ) -> None:
     """The planner's choices against exhaustive search, and recovery, KL and error estimates against their true values."""
-    if part not in ("grid", "quality", "both"):
-        raise typer.BadParameter(f"--part takes grid, quality or both, but got {part!r}")
+    if part not in ("grid", "quality", "pareto", "both"):
+        raise typer.BadParameter(f"--part takes grid, quality, pareto or both, but got {part!r}")
     output.mkdir(parents=True, exist_ok=True)
     texts = [describe()]
-    if part != "quality":
+    if part in ("grid", "both"):
         heads, kv_heads, head_dim = (int(x) for x in shape.split(","))
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         layer = ModelShape(1, heads, kv_heads, head_dim, dtype, device)
@@ -60,9 +61,22 @@ def planner(
         ]  # fmt: skip
     if part != "grid":
         network, tokenizer = load(model, device)
-        init, local = (int(x) for x in window.split(","))
         documents_found = [ids for _, ids in long_contracts(data_dir, tokenizer, tokens, skip + documents)][skip:]
         ratios, limits = (tuple(float(x) for x in text.split(",")) for text in (recoveries, kls))
+    if part == "pareto":
+        costs = measured_costs(network, output)
+        ours = planned(ratios, limits)
+        with Progress() as progress:
+            task = progress.add_task("pareto", total=documents * steps)
+            found = tracks(network, documents_found, steps, {**fixed(), **ours}, lambda: progress.advance(task))
+        rows = table(found, set(ours))
+        write_csv(output / "pareto.csv", rows)
+        plot(rows, output / "pareto.png")
+        title = f"{model}, {documents} contracts of {tokens} tokens, {steps} steps each; times from step {WARM + 1} on"
+        shown = [row for row in rows if row["planner"] or row["on the front"]]
+        texts += [title, f"calibration: median error {100 * (costs.median_error or 0):.0f} %", markdown(shown)]
+    elif part != "grid":
+        init, local = (int(x) for x in window.split(","))
         with Progress() as progress:
             task = progress.add_task("quality", total=documents * (len(ratios) + len(limits) + 1))
             kept, doubtful = quality(
