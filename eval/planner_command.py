@@ -9,12 +9,11 @@ import torch
 import typer
 from rich.progress import Progress
 
-from alaya_hf.cli.calibrate import calibrate
 from alaya_hf.planner import ModelShape
 from eval.data import long_contracts
 from eval.environment import describe
 from eval.models import load
-from eval.planner_grid import grid, summary
+from eval.planner_grid_run import run_grid
 from eval.planner_pareto import WARM, fixed, measured_costs, planned, plot, table, tracks
 from eval.planner_quality import quality
 from eval.report import markdown, write_csv
@@ -24,7 +23,10 @@ def planner(
     part: Annotated[str, typer.Option(help="grid, quality, pareto, or both: grid and quality.")] = "both",
     device: Annotated[str, typer.Option(help="cpu: the host engine; cuda: the device engine.")] = "cpu",
     contexts: Annotated[str, typer.Option(help="Context lengths of the grid. [default: by device]")] = "",
-    shape: Annotated[str, typer.Option(help="Query heads, KV heads, head dimension of the grid's layer.")] = "32,8,128",
+    shape: Annotated[str, typer.Option(help="Query heads, KV heads, head dimension of the grid's layers.")] = "32,8,128",
+    layers: Annotated[int, typer.Option(help="Layers of the grid's model, all like the one measured.")] = 32,
+    parameters: Annotated[int, typer.Option(help="Weights of the grid's model, without the embedding table.")] = 7_504_658_432,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which the grid begins no further context; 0: none.")] = 0,
     model: Annotated[str, typer.Option(help="'smollm2' or a model name or path, for the quality.")] = "smollm2",
     data_dir: Annotated[Path, typer.Option(help="Folder with cuad.jsonl.gz.")] = Path("../shared/legal"),
     tokens: Annotated[int, typer.Option(help="Tokens of each contract.")] = 7000,
@@ -44,21 +46,9 @@ def planner(
     if part in ("grid", "both"):
         heads, kv_heads, head_dim = (int(x) for x in shape.split(","))
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        layer = ModelShape(1, heads, kv_heads, head_dim, dtype, device)
-        costs = calibrate(layer)
-        lengths = tuple(int(n) for n in (contexts or ("8192,32768" if device == "cpu" else "32768,131072")).split(","))
-        with Progress() as progress:
-            task = progress.add_task("grid", total=None)
-            cases, plans = grid(
-                layer, costs, lengths, "host" if device == "cpu" else "device", lambda: progress.advance(task)
-            )
-        write_csv(output / "grid.csv", cases)
-        write_csv(output / "plans.csv", plans)
-        error = costs.median_error
-        texts += [
-            f"calibration: median error {100 * error:.0f} % over {len(costs.report)} whole steps" if error is not None else "",
-            markdown([summary(cases, plans)]), markdown(cases),
-        ]  # fmt: skip
+        whole = ModelShape(layers, heads, kv_heads, head_dim, dtype, device, parameters)
+        lengths = tuple(int(n) for n in (contexts or ("8192,32768" if device == "cpu" else "32768,131072,524288")).split(","))
+        texts += run_grid(whole, lengths, "host" if device == "cpu" else "device", output, typer.echo, time_limit)
     if part != "grid":
         network, tokenizer = load(model, device)
         documents_found = [ids for _, ids in long_contracts(data_dir, tokenizer, tokens, skip + documents)][skip:]

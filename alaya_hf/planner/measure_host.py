@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,17 @@ LENGTHS = (4096, 32768)
 _FETCHED = (32, 512)
 
 
-def sample_layer(shape: ModelShape, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def sample_layer(
+    shape: ModelShape, tokens: int, seed: int = 0, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Keys and values of one row, and queries, whose scores spread as a model's do.
+
+    Parameters
+    ----------
+    shape : ModelShape
+    tokens, seed : int
+    device : torch.device or str
+        Where to make them; another device, other numbers.
 
     Returns
     -------
@@ -39,41 +48,60 @@ def sample_layer(shape: ModelShape, tokens: int, seed: int = 0) -> tuple[Tensor,
     Keys share a mean and vary along a few directions; one key in 64 points along the queries, so that a range finds some dozens
     of tokens and tiles of values are skipped as they are on text.
     """
-    generator = torch.Generator().manual_seed(seed)
-    d = shape.head_dim
-    q = torch.randn(shape.kv_heads, shape.group, d, generator=generator)
-    kv = torch.empty(shape.kv_heads, tokens, 2, d, dtype=shape.dtype)
-    for head in range(shape.kv_heads):
-        basis = torch.randn(8, d, generator=generator)
-        keys = torch.randn(tokens, 8, generator=generator) @ basis * 0.4 + torch.randn(d, generator=generator)
-        chosen = torch.rand(tokens, generator=generator) < 1 / 64
-        which = torch.randint(shape.group, (tokens,), generator=generator)
-        along = torch.rand(tokens, 1, generator=generator) * 1.2
-        keys = keys + torch.where(chosen[:, None], along * q[head, which], torch.zeros(()))
-        kv[head, :, 0] = keys.to(shape.dtype)
-        kv[head, :, 1] = torch.randn(tokens, d, generator=generator).to(shape.dtype)
+    with torch.device(device):
+        generator = torch.Generator(device).manual_seed(seed)
+        d = shape.head_dim
+        q = torch.randn(shape.kv_heads, shape.group, d, generator=generator)
+        kv = torch.empty(shape.kv_heads, tokens, 2, d, dtype=shape.dtype)
+        for head in range(shape.kv_heads):
+            basis = torch.randn(8, d, generator=generator)
+            keys = torch.randn(tokens, 8, generator=generator) @ basis * 0.4 + torch.randn(d, generator=generator)
+            chosen = torch.rand(tokens, generator=generator) < 1 / 64
+            which = torch.randint(shape.group, (tokens,), generator=generator)
+            along = torch.rand(tokens, 1, generator=generator) * 1.2
+            keys = keys + torch.where(chosen[:, None], along * q[head, which], torch.zeros(()))
+            kv[head, :, 0] = keys.to(shape.dtype)
+            kv[head, :, 1] = torch.randn(tokens, d, generator=generator).to(shape.dtype)
     return kv, q
 
 
-def seconds(call: Callable[[], Any], repeats: int = 7) -> float:
-    """Median wall time of a call, after one that does not count."""
+def times(call: Callable[[], Any], repeats: int = 7) -> list[float]:
+    """Wall times of a call, after one that does not count."""
     call()
-    times = []
+    found = []
     for _ in range(repeats):
         began = time.perf_counter()
         call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+        found.append(time.perf_counter() - began)
+    return found
 
 
-def fit(points: list[tuple[float, float]]) -> Line:
-    """The straight line through two points, with neither cost negative."""
-    (x0, y0), (x1, y1) = points
-    slope = max(0.0, (y1 - y0) / (x1 - x0))
+def seconds(call: Callable[[], Any], repeats: int = 7) -> float:
+    """Median of :func:`times`."""
+    return statistics.median(times(call, repeats))
+
+
+def fit(points: Sequence[tuple[float, float]]) -> Line:
+    """The straight line, with neither cost negative, whose relative errors at the points have the least squares.
+
+    Parameters
+    ----------
+    points : sequence of (float, float)
+        Tokens and seconds, at least one; through two it goes exactly where it may.
+    """
+    weights = [1 / max(y, 1e-12) ** 2 for _, y in points]
+    total = sum(weights)
+    x0 = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
+    y0 = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
+    spread = sum(w * (x - x0) ** 2 for w, (x, _) in zip(weights, points, strict=True))
+    slope = 0.0
+    if spread > 0:
+        slope = max(0.0, sum(w * (x - x0) * (y - y0) for w, (x, y) in zip(weights, points, strict=True)) / spread)
     fixed = y0 - slope * x0
-    if fixed < 0:
-        return Line(0.0, y1 / x1)
-    return Line(fixed, slope)
+    if fixed >= 0:
+        return Line(fixed, slope)
+    steep = sum(w * x * y for w, (x, y) in zip(weights, points, strict=True))
+    return Line(0.0, steep / sum(w * x * x for w, (x, _) in zip(weights, points, strict=True)))
 
 
 def measure_host(shape: ModelShape, lengths: tuple[int, int] = LENGTHS, repeats: int = 7) -> dict[str, Line]:

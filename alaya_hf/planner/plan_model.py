@@ -253,12 +253,7 @@ class Planner:
                 settings.gpu_bytes, None if slo is None else slo - base, DEFAULT_KL if settings.kl is None else settings.kl,
                 settings.kl is not None,
             )  # fmt: skip
-            chosen = search(
-                options,
-                limits,
-                shared_key,
-                lambda plan: workspace_bytes(plan, self.shape, room, batch, self.passes(plan.engine)),
-            )
+            chosen = self._search(options, limits, engine, room, batch)
             if chosen is None:
                 least = [min(layer, key=lambda choice: choice[1].device_bytes) for layer in options]
                 shared = {
@@ -273,6 +268,24 @@ class Planner:
             if slo is None or found.seconds <= slo:
                 break
         return result, 0
+
+    def _search(
+        self, options: list[list[Choice]], limits: Limits, engine: str, room: int, batch: int
+    ) -> list[Choice] | None:  # fmt: skip
+        """Plans within the limits; with a limit of time, such that it still holds if the estimates are as low as they tend to be."""
+
+        def shared(plan: LayerPlan) -> int:
+            return workspace_bytes(plan, self.shape, room, batch, self.passes(plan.engine))
+
+        margin = self.calibration.margin(engine)
+        if limits.seconds is not None and margin > 1:
+            sure = replace(limits, seconds=limits.seconds / margin, firm=True)
+            found = search(options, sure, shared_key, shared)
+            # Room to spare gives way to quality, time does not.
+            if found is not None and sum(e.kl for _, e in found) <= limits.kl * (1 + 1e-9):
+                if sum(e.seconds for _, e in found) <= limits.seconds:
+                    return found
+        return search(options, limits, shared_key, shared)
 
     def _reason(self, plan: LayerPlan, estimate: Estimate) -> str:
         if plan.reason:
