@@ -277,11 +277,16 @@ def grid(
     window, whole = windows(base)[0]
     found, failed = measure_plans(candidates(base, 0, shape, engine, window, whole), measure, advance)
     rows = [_plan_row(planner, plan, found.get(plan), failed.get(plan), context) for plan in [*found, *failed]]
-    space = _Space(planner, found, context)
-    outside = planner.estimate_all([space.plans[0]] * shape.layers, context, 1).base_seconds
+    # With a budget, buffers are those of single tokens, and the same plans take fewer bytes.
+    free, limited = (
+        _Space(Planner(settings, shape, calibration, profile), found, context)
+        for settings in (base, base.replace(gpu_memory=1 << 60))
+    )
+    outside = planner.estimate_all([free.plans[0]] * shape.layers, context, 1).base_seconds
     cases = []
     for budget_name, share in BUDGETS.items():
-        budget = None if share is None else space.size(share)
+        budget = None if share is None else limited.size(share)
+        space = free if share is None else limited
         fastest = space.best(budget, None)
         for factor in (None, *SLOS):
             case: dict[str, Any] = {
