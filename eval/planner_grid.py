@@ -109,10 +109,14 @@ def device_layer_bytes(plan: LayerPlan, shape: ModelShape, tokens: int) -> int:
     from alaya_hf.engine.device.tokens import DeviceTokens
 
     layout = device_plan(AlayaConfig(**plan.settings()), 0).layout(shape.head_dim)
-    device = torch.device(shape.device)
+    device = torch.device(_buffers_on(shape))
     made = DeviceTokens(1, shape.kv_heads, layout, plan.window, plan.min_context, shape.dtype, device)  # type: ignore[arg-type]
     made.reserve(0, made._low_for(tokens, tokens))
     return made.window_bytes + made.lowbit_bytes
+
+
+def _buffers_on(shape: ModelShape) -> str:
+    return shape.device
 
 
 def check(shape: ModelShape, tokens: int = 4096) -> float:
