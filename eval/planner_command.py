@@ -23,10 +23,16 @@ def planner(
     part: Annotated[str, typer.Option(help="grid, quality, pareto, or both: grid and quality.")] = "both",
     device: Annotated[str, typer.Option(help="cpu: the host engine; cuda: the device engine.")] = "cpu",
     contexts: Annotated[str, typer.Option(help="Context lengths of the grid. [default: by device]")] = "",
-    shape: Annotated[str, typer.Option(help="Query heads, KV heads, head dimension of the grid's layers.")] = "32,8,128",
+    shape: Annotated[
+        str, typer.Option(help="Query heads, KV heads, head dimension of the grid's layers.")
+    ] = "32,8,128",
     layers: Annotated[int, typer.Option(help="Layers of the grid's model, all like the one measured.")] = 32,
-    parameters: Annotated[int, typer.Option(help="Weights of the grid's model, without the embedding table.")] = 7_504_658_432,
-    time_limit: Annotated[float, typer.Option(help="Seconds after which the grid begins no further context; 0: none.")] = 0,
+    parameters: Annotated[
+        int, typer.Option(help="Weights of the grid's model, without the embedding table.")
+    ] = 7_504_658_432,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds after which the grid begins no further context; 0: none.")
+    ] = 0,
     model: Annotated[str, typer.Option(help="'smollm2' or a model name or path, for the quality.")] = "smollm2",
     data_dir: Annotated[Path, typer.Option(help="Folder with cuad.jsonl.gz.")] = Path("../shared/legal"),
     tokens: Annotated[int, typer.Option(help="Tokens of each contract.")] = 7000,
@@ -47,7 +53,9 @@ def planner(
         heads, kv_heads, head_dim = (int(x) for x in shape.split(","))
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         whole = ModelShape(layers, heads, kv_heads, head_dim, dtype, device, parameters)
-        lengths = tuple(int(n) for n in (contexts or ("8192,32768" if device == "cpu" else "32768,131072,524288")).split(","))
+        lengths = tuple(
+            int(n) for n in (contexts or ("8192,32768" if device == "cpu" else "32768,131072,524288")).split(",")
+        )
         texts += run_grid(whole, lengths, "host" if device == "cpu" else "device", output, typer.echo, time_limit)
     if part != "grid":
         network, tokenizer = load(model, device)

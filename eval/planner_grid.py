@@ -197,7 +197,9 @@ class _Space:
         n = len(self.plans)
         same = np.array([[a == b for b in self.keys] for a in self.keys])
         first = np.arange(self.layers + 1)[:, None, None]  # layers that run the first plan of a pair
-        shared = np.where(same, np.maximum(self.shared[:, None], self.shared[None]), self.shared[:, None] + self.shared[None])
+        shared = np.where(
+            same, np.maximum(self.shared[:, None], self.shared[None]), self.shared[:, None] + self.shared[None]
+        )
         shared = np.broadcast_to(shared, (self.layers + 1, n, n)).copy()
         shared[0], shared[-1] = self.shared[None, :], self.shared[:, None]
 
@@ -273,8 +275,8 @@ def grid(
     -----
     A model's attention takes the sum over its layers, and its 95th percentile the sum of the layers' ones. What a token takes
     besides attention is the same under every plan: the calibration's estimate of it is part of the SLO and of the time held
-    against it. KL, estimated, has to stay within 0.001 nats. The best there is: every assignment of one or two of the plans to the
-    layers, with what was measured.
+    against it. KL, estimated, has to stay within 0.001 nats. The best there is: every assignment of one or two of the plans to
+    the layers, with what was measured.
     """
     base = AlayaConfig(planner="cost", engine=engine, kl=DEFAULT_KL, cuda_graphs="capture", min_context=0)
     planner = Planner(base, shape, calibration, profile)

@@ -75,8 +75,8 @@ def tracks(
 
     Notes
     -----
-    Every step goes to all configurations, in an order drawn anew, before the next one: whatever else the machine does meets all of
-    them alike, and times and divergences are compared step by step.
+    Every step goes to all configurations, in an order drawn anew, before the next one: whatever else the machine does meets all
+    of them alike, and times and divergences are compared step by step.
     """
     network.set_attn_implementation("alaya")
     found = {name: Track() for name in systems}
@@ -192,13 +192,19 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     kinds = {"flat": "v", "quantized": "o", "graph": "^"}
     plain = [row for row in rows if not row["planner"]]
     for kind, marker in {**kinds, "preset": "s"}.items():
-        here = [r for r in plain if (r["configuration"].rpartition(", ")[2] if ", " in r["configuration"] else "preset") == kind]
+        here = [
+            r
+            for r in plain
+            if (r["configuration"].rpartition(", ")[2] if ", " in r["configuration"] else "preset") == kind
+        ]
         axis.scatter(
             [r["ms per token"] for r in here], [max(least, r["KL"]) for r in here], marker=marker, s=28, alpha=0.7,
             label=f"fixed, {kind}" if kind in kinds else "presets",
         )  # fmt: skip
     front = sorted((r["ms per token"], max(least, r["KL"])) for r in plain if r["on the front"])
-    axis.step([x for x, _ in front], [y for _, y in front], where="post", color="grey", lw=1, label="front of the fixed")
+    axis.step(
+        [x for x, _ in front], [y for _, y in front], where="post", color="grey", lw=1, label="front of the fixed"
+    )
     ours = [row for row in rows if row["planner"]]
     axis.scatter(
         [r["ms per token"] for r in ours], [max(least, r["KL"]) for r in ours], marker="*", s=130, color="crimson",

@@ -94,7 +94,7 @@ class Calibration:
         return errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
 
     def margin(self, engine: str) -> float:
-        """What nine of ten whole steps of an engine stay within, as a multiple of their estimates: 1 to 1.5; 1 without a report."""
+        """What nine of ten whole steps of an engine stay within, times their estimates: 1 to 1.5; 1 without a report."""
         rows = [row for row in self.report if str(row["plan"]).startswith("host:") == (engine == "host")]
         ratios = sorted(row["measured"] / row["predicted"] for row in rows if row["predicted"] > 0)
         return min(1.5, max(1.0, ratios[int(0.9 * (len(ratios) - 1))])) if ratios else 1.0

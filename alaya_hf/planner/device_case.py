@@ -146,7 +146,9 @@ class DeviceContext:
     def exact(self) -> Tensor:
         """``[heads, head_dim]`` float32: attention to all tokens, the step's new one included."""
         found = []
-        for head in range(self.kv_heads):  # one at a time: float32 copies of all heads would take four times the context
+        for head in range(
+            self.kv_heads
+        ):  # one at a time: float32 copies of all heads would take four times the context
             keys = torch.cat([self.keys[0, head].float(), self.k[0, head, None].float()])
             values = torch.cat([self.values[0, head].float(), self.v[0, head, None].float()])
             q = self.q.view(self.kv_heads, self.group, -1)[head].float()
@@ -213,7 +215,7 @@ class DeviceCase:
 
 
 def sample_context(shape: ModelShape, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values ``[1, kv_heads, tokens, head_dim]`` and queries ``[1, heads, head_dim]`` of :func:`sample_layer`, on the GPU."""
+    """Keys, values ``[1, kv_heads, tokens, head_dim]`` and queries ``[1, heads, head_dim]`` of :func:`sample_layer`, on the GPU."""
     kv, q = sample_layer(shape, tokens, device="cuda")
     keys, values = (kv[None, :, :, side].contiguous() for side in (0, 1))
     return keys, values, q.reshape(1, -1, shape.head_dim).to(shape.dtype)

@@ -115,7 +115,9 @@ def _measure_run(
     for case in cases:
         case.step()
     fetched = cases[0].fetched
-    for case in cases:  # a step ends with its buffers made ready for the next one: what the stages read has to be there again
+    for (
+        case
+    ) in cases:  # a step ends with its buffers made ready for the next one: what the stages read has to be there again
         stages = case.stages()
         stages["window"]()
         stages["pass"]()

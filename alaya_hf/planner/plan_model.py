@@ -22,6 +22,8 @@ from alaya_hf.units import bytes_text, time_text
 
 #: Nats per token that plans stay below where nothing is asked for and memory and time allow it.
 DEFAULT_KL = 1e-3
+#: What a plan of the host engine has to gain over the dense one, at least, and however far off the estimates are.
+_LEAST_GAIN, _MOST_GAIN = 0.05, 0.2
 
 
 class Planner:
@@ -228,12 +230,25 @@ class Planner:
                 f"{', '.join(sorted(own.given & fields)) or 'none of its own'} (engine {engine!r}{f': {why}' if why else ''}). "
                 "Leave one of them to the planner."
             )
+        found = self._worth_it(found)
         target = self.settings.recovery
         if target is None:
             return found
         kept = [choice for choice in found if choice[1].recovery >= target - 1e-9]
         most = max(estimate.recovery for _, estimate in found)
         return kept or [choice for choice in found if choice[1].recovery >= most - 1e-3]
+
+    def _worth_it(self, found: list[Choice]) -> list[Choice]:
+        """Without plans of the host engine that gain no more over the dense one than the estimates are off.
+
+        The dense plan is exact and holds no more on the device: quality would be given away for a gain that may not be there.
+        """
+        dense = min((e.seconds for plan, e in found if plan.query.keeps_all and plan.engine == "host"), default=None)
+        if dense is None:
+            return found
+        error = self.calibration.median_error
+        worth = dense * (1 - min(_MOST_GAIN, max(_LEAST_GAIN, error if error is not None else 0.0)))
+        return [c for c in found if c[0].query.keeps_all or c[0].engine != "host" or c[1].seconds < worth]
 
     def _choose(
         self, options: list[list[Choice]], engine: str, context: int, batch: int, room: int,
@@ -272,7 +287,7 @@ class Planner:
     def _search(
         self, options: list[list[Choice]], limits: Limits, engine: str, room: int, batch: int
     ) -> list[Choice] | None:  # fmt: skip
-        """Plans within the limits; with a limit of time, such that it still holds if the estimates are as low as they tend to be."""
+        """Plans within the limits; with a limit of time, such that it holds if the estimates are as low as they tend to be."""
 
         def shared(plan: LayerPlan) -> int:
             return workspace_bytes(plan, self.shape, room, batch, self.passes(plan.engine))
