@@ -165,7 +165,8 @@ class DeviceCase:
     """A layer's decode step over one turn's memory."""
 
     def __init__(
-        self, context: DeviceContext, turn: int, records: Tensor, work: Workspace, bits: tuple[int, int], beta: float, ratio: float
+        self, context: DeviceContext, turn: int, records: Tensor, work: Workspace, bits: tuple[int, int], beta: float,
+        ratio: float,
     ) -> None:  # fmt: skip
         self.context, self.records, self.work, self.bits = context, records, work, bits
         self.store, (self.window_k, self.window_v) = context.stores[turn], context.windows[turn]
@@ -215,7 +216,7 @@ class DeviceCase:
 
 
 def sample_context(shape: ModelShape, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys, values ``[1, kv_heads, tokens, head_dim]`` and queries ``[1, heads, head_dim]`` of :func:`sample_layer`, on the GPU."""
+    """Keys, values ``[1, kv_heads, tokens, head_dim]``, queries ``[1, heads, head_dim]`` of :func:`sample_layer`, on a GPU."""
     kv, q = sample_layer(shape, tokens, device="cuda")
     keys, values = (kv[None, :, :, side].contiguous() for side in (0, 1))
     return keys, values, q.reshape(1, -1, shape.head_dim).to(shape.dtype)

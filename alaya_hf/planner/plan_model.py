@@ -181,10 +181,17 @@ class Planner:
         for engine in wanted:
             sizes = windows(self.settings) if fixed is None else [(fixed[0].window, fixed[0].min_context)]
             for window, whole in sizes:
-                options = []
+                options: list[list[Choice]] = []
+                alike: dict[int, list[Choice]] = {}
+                # Layers without settings of their own differ in their profiles alone.
+                free = fixed is None and tokens is None and not self.settings.layers and not self.settings.dense_layers
                 for layer in range(self.shape.layers):
-                    found = self._options(layer, engine, window, whole, context, batch, room, fixed, correction, tokens)
-                    options.append(found)
+                    groups = id(self.profile.layer(layer, self.shape.layers))
+                    if not free or groups not in alike:
+                        alike[groups] = self._options(
+                            layer, engine, window, whole, context, batch, room, fixed, correction, tokens
+                        )
+                    options.append(alike[groups])
                 plan, needed = self._choose(options, engine, context, batch, room, correction, tokens)
                 if plan is None:
                     smallest = needed if smallest is None else min(smallest, needed)

@@ -41,6 +41,8 @@ class _State:
         picked: Sequence[int],
     ) -> None:  # fmt: skip
         self.options, self.keys, self.sizes = options, keys, sizes
+        kinds: dict[tuple[Choice, ...], int] = {}
+        self.kinds = [kinds.setdefault(tuple(layer), len(kinds)) for layer in options]
         self.picked = list(picked)
         self.used = Counter(keys[i][p] for i, p in enumerate(self.picked))
         chosen = [options[i][p][1] for i, p in enumerate(self.picked)]
@@ -146,7 +148,12 @@ def _descend(state: _State, limits: Limits) -> None:
     def improve(wanted: Callable[[], bool], gain: int, allowed: Callable[[tuple[int, float, float]], bool]) -> None:
         while wanted():
             best: tuple[float, int, int] | None = None
+            seen: set[tuple[int, int]] = set()
             for i, layer in enumerate(state.options):
+                # Layers with the same options and the same choice would only say the same again.
+                if (state.kinds[i], state.picked[i]) in seen:
+                    continue
+                seen.add((state.kinds[i], state.picked[i]))
                 for p in range(len(layer)):
                     if p == state.picked[i]:
                         continue
