@@ -42,6 +42,7 @@ def planner(
     window: Annotated[str, typer.Option(help="Window of the quality part: first, most recent.")] = "64,256",
     recoveries: Annotated[str, typer.Option(help="Targets.")] = "0.9,0.95,0.98",
     kls: Annotated[str, typer.Option(help="Targets.")] = "0.01,0.001,0.0001",
+    indexes: Annotated[str, typer.Option(help="Of the fixed configurations.")] = "flat,quantized,graph",
     output: Annotated[Path, typer.Option(help="Folder for tables and CSV.")] = Path("results/planner"),
 ) -> None:
     """The planner's choices against exhaustive search, and recovery, KL and error estimates against their true values."""
@@ -66,7 +67,13 @@ def planner(
         ours = planned(ratios, limits)
         with Progress() as progress:
             task = progress.add_task("pareto", total=documents * steps)
-            found = tracks(network, documents_found, steps, {**fixed(), **ours}, lambda: progress.advance(task))
+            found = tracks(
+                network,
+                documents_found,
+                steps,
+                {**fixed(indexes=indexes.split(",")), **ours},
+                lambda: progress.advance(task),
+            )
         rows = table(found, set(ours))
         write_csv(output / "pareto.csv", rows)
         plot(rows, output / "pareto.png")
