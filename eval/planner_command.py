@@ -9,21 +9,30 @@ import torch
 import typer
 from rich.progress import Progress
 
-from alaya_hf.cli.calibrate import calibrate
 from alaya_hf.planner import ModelShape
 from eval.data import long_contracts
 from eval.environment import describe
 from eval.models import load
-from eval.planner_grid import grid, summary
+from eval.planner_grid_run import run_grid
+from eval.planner_pareto import WARM, fixed, measured_costs, planned, plot, table, tracks
 from eval.planner_quality import quality
 from eval.report import markdown, write_csv
 
 
 def planner(
-    part: Annotated[str, typer.Option(help="grid, quality or both.")] = "both",
+    part: Annotated[str, typer.Option(help="grid, quality, pareto, or both: grid and quality.")] = "both",
     device: Annotated[str, typer.Option(help="cpu: the host engine; cuda: the device engine.")] = "cpu",
     contexts: Annotated[str, typer.Option(help="Context lengths of the grid. [default: by device]")] = "",
-    shape: Annotated[str, typer.Option(help="Query heads, KV heads, head dimension of the grid's layer.")] = "32,8,128",
+    shape: Annotated[
+        str, typer.Option(help="Query heads, KV heads, head dimension of the grid's layers.")
+    ] = "32,8,128",
+    layers: Annotated[int, typer.Option(help="Layers of the grid's model, all like the one measured.")] = 32,
+    parameters: Annotated[
+        int, typer.Option(help="Weights of the grid's model, without the embedding table.")
+    ] = 7_504_658_432,
+    time_limit: Annotated[
+        float, typer.Option(help="Seconds after which the grid begins no further context; 0: none.")
+    ] = 0,
     model: Annotated[str, typer.Option(help="'smollm2' or a model name or path, for the quality.")] = "smollm2",
     data_dir: Annotated[Path, typer.Option(help="Folder with cuad.jsonl.gz.")] = Path("../shared/legal"),
     tokens: Annotated[int, typer.Option(help="Tokens of each contract.")] = 7000,
@@ -33,36 +42,46 @@ def planner(
     window: Annotated[str, typer.Option(help="Window of the quality part: first, most recent.")] = "64,256",
     recoveries: Annotated[str, typer.Option(help="Targets.")] = "0.9,0.95,0.98",
     kls: Annotated[str, typer.Option(help="Targets.")] = "0.01,0.001,0.0001",
+    indexes: Annotated[str, typer.Option(help="Of the fixed configurations.")] = "flat,quantized,graph",
     output: Annotated[Path, typer.Option(help="Folder for tables and CSV.")] = Path("results/planner"),
 ) -> None:
     """The planner's choices against exhaustive search, and recovery, KL and error estimates against their true values."""
-    if part not in ("grid", "quality", "both"):
-        raise typer.BadParameter(f"--part takes grid, quality or both, but got {part!r}")
+    if part not in ("grid", "quality", "pareto", "both"):
+        raise typer.BadParameter(f"--part takes grid, quality, pareto or both, but got {part!r}")
     output.mkdir(parents=True, exist_ok=True)
     texts = [describe()]
-    if part != "quality":
+    if part in ("grid", "both"):
         heads, kv_heads, head_dim = (int(x) for x in shape.split(","))
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        layer = ModelShape(1, heads, kv_heads, head_dim, dtype, device)
-        costs = calibrate(layer)
-        lengths = tuple(int(n) for n in (contexts or ("8192,32768" if device == "cpu" else "32768,131072")).split(","))
-        with Progress() as progress:
-            task = progress.add_task("grid", total=None)
-            cases, plans = grid(
-                layer, costs, lengths, "host" if device == "cpu" else "device", lambda: progress.advance(task)
-            )
-        write_csv(output / "grid.csv", cases)
-        write_csv(output / "plans.csv", plans)
-        error = costs.median_error
-        texts += [
-            f"calibration: median error {100 * error:.0f} % over {len(costs.report)} whole steps" if error is not None else "",
-            markdown([summary(cases, plans)]), markdown(cases),
-        ]  # fmt: skip
+        whole = ModelShape(layers, heads, kv_heads, head_dim, dtype, device, parameters)
+        lengths = tuple(
+            int(n) for n in (contexts or ("8192,32768" if device == "cpu" else "32768,131072,524288")).split(",")
+        )
+        texts += run_grid(whole, lengths, "host" if device == "cpu" else "device", output, typer.echo, time_limit)
     if part != "grid":
         network, tokenizer = load(model, device)
-        init, local = (int(x) for x in window.split(","))
         documents_found = [ids for _, ids in long_contracts(data_dir, tokenizer, tokens, skip + documents)][skip:]
         ratios, limits = (tuple(float(x) for x in text.split(",")) for text in (recoveries, kls))
+    if part == "pareto":
+        costs = measured_costs(network, output)
+        ours = planned(ratios, limits)
+        with Progress() as progress:
+            task = progress.add_task("pareto", total=documents * steps)
+            found = tracks(
+                network,
+                documents_found,
+                steps,
+                {**fixed(indexes=indexes.split(",")), **ours},
+                lambda: progress.advance(task),
+            )
+        rows = table(found, set(ours))
+        write_csv(output / "pareto.csv", rows)
+        plot(rows, output / "pareto.png")
+        title = f"{model}, {documents} contracts of {tokens} tokens, {steps} steps each; times from step {WARM + 1} on"
+        shown = [row for row in rows if row["planner"] or row["on the front"]]
+        texts += [title, f"calibration: median error {100 * (costs.median_error or 0):.0f} %", markdown(shown)]
+    elif part != "grid":
+        init, local = (int(x) for x in window.split(","))
         with Progress() as progress:
             task = progress.add_task("quality", total=documents * (len(ratios) + len(limits) + 1))
             kept, doubtful = quality(

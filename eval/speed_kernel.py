@@ -21,7 +21,7 @@ from alaya_hf.kernels.gpu.coarse_step import CoarseWorkspace, coarse_step
 from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.kernels.gpu.layout import TILE, Layout
 from alaya_hf.kernels.gpu.step import Workspace, decode_step
-from alaya_hf.planner.measure_device import graph_seconds
+from alaya_hf.planner.device_case import graph_seconds
 from alaya_hf.storage.pinned import pinned_pool
 from eval.synthetic import _Head
 

@@ -1,14 +1,20 @@
-"""What the device engine's calibration runs, in Triton's interpreter."""
+"""What the device engine's calibration and the planner's grid run, in Triton's interpreter."""
 
 from __future__ import annotations
+
+import math
+from typing import Any
 
 import pytest
 import torch
 
 from alaya_hf.kernels.gpu.store_format import StoreFormat
 from alaya_hf.planner import ModelShape
+from alaya_hf.planner.calibration import CUT_CAPS, DEVICE_STAGES
 from alaya_hf.planner.measure_host import sample_layer
 from tests.interpreted import INTERPRETED, run_cases
+
+SHAPE = ModelShape(1, 4, 2, 32, torch.float16, "cuda")
 
 
 @pytest.mark.skipif(INTERPRETED, reason="runs the others")
@@ -16,22 +22,79 @@ def test_in_interpreter() -> None:
     run_cases(__file__)
 
 
+def sampled(shape: ModelShape, tokens: int) -> Any:
+    row, q = sample_layer(shape, tokens)
+    keys, values = (row[None, :, :, side].contiguous() for side in (0, 1))
+    return keys, values, q.reshape(1, -1, shape.head_dim).to(shape.dtype)
+
+
 @pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_interpreter")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
 @pytest.mark.parametrize("bits", [(4, 2), (4, 0)])
 def test_case_of_a_calibration(dtype: torch.dtype, bits: tuple[int, int]) -> None:
-    """Stages run on what a step left, one after the other, and a step's tokens are fetched."""
+    """Stages run on what a step left, one after the other, and come to the step; all turns fetch as many tokens."""
+    from alaya_hf.planner.device_case import DeviceContext
+
+    context = DeviceContext(*sampled(SHAPE, 1000), StoreFormat(32, dtype), turns=2)
+    cases = context.cases(bits, 16, math.inf, 0.98)
+    out = cases[0].step().clone()
+    assert cases[0].fetched > 0
+    for stage in cases[0].stages().values():
+        stage()
+    assert torch.allclose(cases[0].work.out.float(), out.float(), atol=1e-2)
+    cases[0].work.best.fill_(-math.inf)
+    fetched = cases[0].fetched
+    cases[1].step()
+    assert cases[1].fetched == fetched
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_interpreter")
+def test_case_of_a_step_that_keeps_everything() -> None:
+    """Window, ring, store and low-bit copy hold what the exact attention reads."""
+    from alaya_hf.planner.device_case import DeviceContext
+
+    context = DeviceContext(*sampled(SHAPE, 900), StoreFormat(32, torch.float16), turns=1)
+    exact = context.exact()
+    assert context.error(context.cases((4, 4), 512, math.inf, 0.9999)[0].step(), exact) < 0.005
+    assert context.error(context.cases((4, 0), 8, math.inf, 0.5)[0].step(), exact) > 0.01
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_interpreter")
+def test_case_of_costs_of_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a timer that calls and gives a made-up time: every stage gets a line, and steps are reported."""
     from alaya_hf.planner import measure_device
 
-    shape = ModelShape(1, 4, 2, 32, torch.float16)
-    row, q = sample_layer(shape, 1000)
-    keys, values = (row[None, :, :, side].contiguous() for side in (0, 1))
-    form = StoreFormat(32, dtype)
-    store = torch.zeros(1, 2, 1000 - 128 + 64, *form.tail, dtype=form.dtype)
-    store[0, :, : 1000 - 128].copy_(form.pack(keys[0, :, 128:], values[0, :, 128:]))
-    case = measure_device._Case(shape, 1000, bits, 16, store, form, keys, values, q.reshape(1, -1, 32).half())
-    out = case.step().clone()
-    assert bool(out.isfinite().all()) and int(case.work.fetched.sum()) > 0
-    for stage in case.stages().values():
-        stage()
-    assert torch.allclose(case.work.out.float(), out.float(), atol=1e-2)
+    monkeypatch.setattr(measure_device, "sample_context", sampled)
+
+    def seconds(calls: Any, repeats: int = 1) -> float:
+        for call in calls[:1]:
+            call()
+        return 1e-4
+
+    said: list[str] = []
+    lines, report = measure_device.measure_device(SHAPE, (800, 1000), 1, seconds, said.append)
+    assert set(lines) == set(DEVICE_STAGES)
+    assert len(report) == len(said) and all(row["predicted"] > 0 for row in report)
+    assert any("share 0.98, cap 512" in row["plan"] for row in report) and len(CUT_CAPS) == 4
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_interpreter")
+def test_case_of_the_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans of a device layer are run, compared with exact attention, timed and counted."""
+    from alaya_hf import AlayaConfig, LowBit, Quantized, Recovery, WindowConfig
+    from alaya_hf.planner import device_case
+    from alaya_hf.planner.layer_plan import LayerPlan
+    from alaya_hf.planner.memory import device_bytes
+    from eval import planner_grid
+
+    monkeypatch.setattr(device_case, "sample_context", sampled)
+    monkeypatch.setattr(device_case, "graph_times", lambda calls, repeats: [calls[0]() is None or 1e-4] * repeats)
+    monkeypatch.setattr(planner_grid, "_buffers_on", lambda shape: "cpu")
+    assert planner_grid.check(SHAPE, 900) < 0.05
+    measure, profile = planner_grid.on_device(SHAPE, 1000)
+    plan = LayerPlan("device", Recovery(0.98, 128), Quantized(4, 0.0), LowBit(4, 2), WindowConfig(128, 512), 0)
+    found = measure(plan)
+    assert found.error is not None and found.error < 0.3 and found.seconds == 1e-4
+    assert found.layer_bytes is not None and found.layer_bytes <= device_bytes(plan, SHAPE, 1000, 1)
+    assert profile.layers[0][0].tokens[-1] > profile.layers[0][0].tokens[0]
+    assert AlayaConfig(**plan.settings()).engine == "device"

@@ -157,6 +157,7 @@ def run_calibrate(
     device: _DEVICE = "auto",
     output: Annotated[Path | None, typer.Option(help="File. [default: where the planner looks for it]")] = None,
     quick: Annotated[bool, typer.Option(help="Short contexts and few repetitions: for a look, not for plans.")] = False,
+    host: Annotated[bool, typer.Option(help="Measure the host engine, too, where there is a GPU.")] = True,
 ) -> None:
     """Measure what the stages of a decode step cost on this machine, for the planner. Takes seconds."""
     from rich.console import Console
@@ -164,10 +165,12 @@ def run_calibrate(
 
     from alaya_hf.cli.calibrate import run
     from alaya_hf.cli.explain import shape_of
+    from alaya_hf.planner.candidates import can_drive
 
     numbers = {"layers": layers or (None if model else 1), "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     try:
-        made, path = run(shape_of(model, numbers, dtype, device), output, quick)
+        shape = shape_of(model, numbers, dtype, device)
+        made, path = run(shape, output, quick, host)
     except AlayaError as error:
         _fail(error)
     table = Table()
@@ -178,6 +181,8 @@ def run_calibrate(
         off = 100 * abs(predicted - measured) / measured
         table.add_row(row["plan"], str(row["context"]), f"{1e3 * predicted:.3g}", f"{1e3 * measured:.3g}", f"{off:.0f}")
     Console().print(table)
+    if shape.device == "cuda" and not made.device:
+        typer.echo(f"the device engine was not measured: {can_drive(shape)}")
     typer.echo(f"median error {100 * (made.median_error or 0):.0f} %; {path}")
 
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from alaya_hf.config import AlayaConfig
+from alaya_hf.errors import ConfigError
 from alaya_hf.layer import AlayaLayer
-from alaya_hf.planner.calibration import Calibration, Line, calibration_path, hardware_name, save_calibration
+from alaya_hf.planner.calibration import (
+    Calibration,
+    Line,
+    calibration_path,
+    hardware_name,
+    save_calibration,
+    shipped_calibration,
+)
 from alaya_hf.planner.candidates import can_drive
 from alaya_hf.planner.cost import layer_seconds
 from alaya_hf.planner.layer_plan import LayerPlan
-from alaya_hf.planner.measure_host import measure_host, sample_layer, seconds, weights_per_second
+from alaya_hf.planner.measure_host import measure_host, sample_layer, seconds, times, weights_per_second
 from alaya_hf.planner.shape import ModelShape
 from alaya_hf.query import DIPR, Recovery
 
@@ -28,8 +37,8 @@ _PLANS: dict[str, dict[str, Any]] = {
 _REPORTED = (8192, 20480)
 
 
-def host_step(settings: AlayaConfig, shape: ModelShape, tokens: int, repeats: int = 7) -> tuple[float, float]:
-    """Seconds of one layer's decode step with the host engine, and tokens fetched per KV head.
+def host_step(settings: AlayaConfig, shape: ModelShape, tokens: int, repeats: int = 7) -> tuple[list[float], float]:
+    """Seconds of one layer's decode steps with the host engine, and tokens fetched per KV head.
 
     Parameters
     ----------
@@ -47,7 +56,7 @@ def host_step(settings: AlayaConfig, shape: ModelShape, tokens: int, repeats: in
         layer.update(new, new)
         layer.attend(query, scaling)
 
-    took = seconds(step, repeats)
+    took = times(step, repeats)
     from alaya_hf.probes import Probe
 
     layer.probe = Probe()
@@ -55,7 +64,9 @@ def host_step(settings: AlayaConfig, shape: ModelShape, tokens: int, repeats: in
     return took, layer.probe.steps[-1].fetched
 
 
-def calibrate(shape: ModelShape, quick: bool = False) -> Calibration:
+def calibrate(
+    shape: ModelShape, quick: bool = False, host: bool = True, advance: Callable[[str], Any] | None = None
+) -> Calibration:
     """Measure this machine for layers of a shape.
 
     Parameters
@@ -64,6 +75,10 @@ def calibrate(shape: ModelShape, quick: bool = False) -> Calibration:
         On ``cuda`` the device engine is measured, too.
     quick : bool
         Shorter contexts and fewer repetitions, for tests.
+    host : bool
+        False, with a device to measure: the host engine's costs are those of the package.
+    advance : callable, optional
+        Told in words what of the device engine is measured next.
 
     Returns
     -------
@@ -72,15 +87,22 @@ def calibrate(shape: ModelShape, quick: bool = False) -> Calibration:
     """
     lengths, repeats = ((512, 2048), 2) if quick else ((4096, 32768), 7)
     cpu = ModelShape(shape.layers, shape.heads, shape.kv_heads, shape.head_dim, _host_dtype(shape), "cpu")
-    stages = measure_host(cpu, lengths, repeats)
-    weights = {"cpu": weights_per_second(cpu, "cpu", repeats)}
-    overhead = {"host": 0.0, "device": 0.0, "eager_cpu": _eager_seconds("cpu", repeats)}
+    driven = can_drive(shape) is None and torch.cuda.is_available()
+    host = host or not driven
+    if host:
+        stages = dict(measure_host(cpu, lengths, repeats))
+        weights = {"cpu": weights_per_second(cpu, "cpu", repeats)}
+        overhead = {"host": 0.0, "device": 0.0, "eager_cpu": _eager_seconds("cpu", repeats)}
+    else:
+        known = shipped_calibration()
+        stages, weights, overhead = dict(known.host), dict(known.weights), dict(known.layer_overhead)
     device: dict[str, Line] = {}
     report: list[dict[str, Any]] = []
-    if can_drive(shape) is None and torch.cuda.is_available():
-        from alaya_hf.planner.measure_device import graph_seconds, measure_device
+    if driven:
+        from alaya_hf.planner.device_case import graph_seconds
+        from alaya_hf.planner.measure_device import LENGTHS, measure_device
 
-        device, report = measure_device(shape, (4096, 8192) if quick else (16384, 131072))
+        device, report = measure_device(shape, (4096, 8192) if quick else LENGTHS, advance=advance)
         weights["cuda"] = weights_per_second(shape, "cuda", repeats)
         weight = torch.ones(8192, 8192, dtype=shape.dtype, device="cuda")
         row = torch.ones(1, 8192, dtype=shape.dtype, device="cuda")
@@ -91,14 +113,17 @@ def calibrate(shape: ModelShape, quick: bool = False) -> Calibration:
         weights["cuda_compiled"] = weight.numel() * weight.element_size() / product / 1.1
         overhead["eager_cuda"] = _eager_seconds("cuda", repeats)
     made = Calibration(
-        hardware_name(), shape.kv_heads, shape.group, shape.head_dim, str(cpu.dtype), stages, device, overhead, weights
-    )
+        hardware_name(), shape.kv_heads, shape.group, shape.head_dim, str(cpu.dtype), stages, device, overhead, weights,
+        False, tuple(report),
+    )  # fmt: skip
+    if not host:
+        return made
     rows = []
     for tokens in (1024, 1536) if quick else _REPORTED:
         for name, changes in _PLANS.items():
             settings = AlayaConfig(window=(64, 256), min_context=0, **changes)
-            measured, fetched = host_step(settings, cpu, tokens, repeats)
-            rows.append((name, tokens, settings, measured, fetched))
+            took, fetched = host_step(settings, cpu, tokens, repeats)
+            rows.append((name, tokens, settings, statistics.median(took), fetched))
 
     def predicted(calibration: Calibration, settings: AlayaConfig, tokens: int, fetched: float) -> float:
         return layer_seconds(LayerPlan.of(settings), cpu, calibration, tokens, 1, fetched)
@@ -154,9 +179,19 @@ def _eager_seconds(device: str, repeats: int) -> float:
     return seconds(step, max(3, repeats)) / layers
 
 
-def run(shape: ModelShape, output: Path | None, quick: bool) -> tuple[Calibration, Path]:
-    """Measure and write; returns what was measured and where it is."""
-    made = calibrate(shape, quick)
+def run(shape: ModelShape, output: Path | None, quick: bool, host: bool = True) -> tuple[Calibration, Path]:
+    """Measure and write; returns what was measured and where it is.
+
+    Raises
+    ------
+    ConfigError
+        If a GPU's costs were asked for and there is none.
+    """
+    if shape.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "the device engine's costs cannot be measured here: there is no CUDA device. Use --device cpu for the host engine's."
+        )
+    made = calibrate(shape, quick, host)
     path = output or calibration_path(shape)
     save_calibration(made, path)
     return made, path

@@ -24,8 +24,15 @@ HOST_STAGES = (
     "window", "dense", "flat", "scan2", "scan4", "scan8", "cut", "cut_recovery", "select", "values2", "values4", "means",
     "key_means", "gather", "graph",
 )  # fmt: skip
-#: Stages of the device engine. `pass_KV`: the low-bit pass with K-bit keys and V-bit values (0: means).
-DEVICE_STAGES = ("window", "dense", "pass42", "pass44", "pass40", "pass82", "cut", "gather", "gather8", "merge")
+#: Most exact tokens per query head for which the device engine's selection is timed; others take as long as the next larger one.
+CUT_CAPS = (32, 128, 256, 512)
+#: Stages of the device engine. `passKV`: the low-bit pass with K-bit keys and V-bit values (0: means); `scores`: what it takes to
+#: write all scores and not just those within a range; `cutN`, `shareN`: selecting up to N tokens per head by a range, or by a
+#: share of the mass.
+DEVICE_STAGES = (
+    "window", "dense", "pass42", "pass44", "pass40", "pass82", "scores", *(f"cut{cap}" for cap in CUT_CAPS),
+    *(f"share{cap}" for cap in CUT_CAPS), "gather", "gather8", "merge",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,12 @@ class Calibration:
             return None
         middle = len(errors) // 2
         return errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
+
+    def margin(self, engine: str) -> float:
+        """What nine of ten whole steps of an engine stay within, times their estimates: 1 to 1.5; 1 without a report."""
+        rows = [row for row in self.report if str(row["plan"]).startswith("host:") == (engine == "host")]
+        ratios = sorted(row["measured"] / row["predicted"] for row in rows if row["predicted"] > 0)
+        return min(1.5, max(1.0, ratios[int(0.9 * (len(ratios) - 1))])) if ratios else 1.0
 
     def to_json(self) -> str:
         """As text, the same for the same numbers."""
@@ -197,6 +210,11 @@ def load_calibration(shape: ModelShape, path: str | Path | None = None) -> Calib
         raise CalibrationError(
             f"there is no calibration at {file}. Measure one with `alaya-hf calibrate --output {file}`."
         )
+    return shipped_calibration()
+
+
+def shipped_calibration() -> Calibration:
+    """The costs that come with the package."""
     text = (resources.files("alaya_hf.planner") / "data" / "calibration.json").read_text(encoding="utf-8")
     return Calibration.from_json(text, "the calibration of the package")
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 
 from alaya_hf.engine.residual import BlockMean, LowBit
 from alaya_hf.index import Coarse, Flat, Graph, Quantized
-from alaya_hf.planner.calibration import Calibration
+from alaya_hf.planner.calibration import CUT_CAPS, Calibration
 from alaya_hf.planner.layer_plan import LayerPlan
+from alaya_hf.planner.memory import exact_cap
 from alaya_hf.planner.shape import ModelShape
-from alaya_hf.query import Recovery
+from alaya_hf.query import DIPR, Recovery
 
 
 def layer_seconds(
@@ -101,16 +102,25 @@ def _device_stages(
         # Not measured: a block's vectors take about as long to read as the low-bit copy of two or four tokens.
         vectors = (2 if plan.index.strategy == "bounds" else 1) + isinstance(plan.residual, BlockMean)
         blocks = offloaded / plan.index.block
-        scores = [stage("cut", blocks), stage("pass82", 2 * vectors * blocks)]
+        scores = [stage(_cut_stage(plan), blocks), stage("pass82", 2 * vectors * blocks)]
         return [stage("window", window), stage("merge", 0), *scores, stage("gather8" if eight else "gather", fetched)]
     bits = plan.residual.value_bits if isinstance(plan.residual, LowBit) else 0
     name = f"pass{plan.index.bits}{bits}"
-    parts = [stage("window", window), stage("merge", 0), stage("cut", offloaded)]
+    parts = [stage("window", window), stage("merge", 0), stage(_cut_stage(plan), offloaded)]
+    if not isinstance(plan.query, DIPR):
+        parts.append(stage("scores", offloaded))
     parts += [
         stage("gather8" if eight else "gather", fetched),
         stage(name if name in costs.device else "pass82", offloaded),
     ]
     return parts
+
+
+def _cut_stage(plan: LayerPlan) -> str:
+    """The stage that selects for a plan: the smallest one measured that holds its tokens."""
+    cap = exact_cap(plan)
+    kind = "share" if isinstance(plan.query, Recovery) else "cut"
+    return f"{kind}{next((size for size in CUT_CAPS if size >= cap), CUT_CAPS[-1])}"
 
 
 def model_seconds(shape: ModelShape, calibration: Calibration, engine: str, graphs: str) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -24,8 +24,17 @@ LENGTHS = (4096, 32768)
 _FETCHED = (32, 512)
 
 
-def sample_layer(shape: ModelShape, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+def sample_layer(
+    shape: ModelShape, tokens: int, seed: int = 0, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
     """Keys and values of one row, and queries, whose scores spread as a model's do.
+
+    Parameters
+    ----------
+    shape : ModelShape
+    tokens, seed : int
+    device : torch.device or str
+        Where to make them; another device, other numbers.
 
     Returns
     -------
@@ -39,41 +48,75 @@ def sample_layer(shape: ModelShape, tokens: int, seed: int = 0) -> tuple[Tensor,
     Keys share a mean and vary along a few directions; one key in 64 points along the queries, so that a range finds some dozens
     of tokens and tiles of values are skipped as they are on text.
     """
-    generator = torch.Generator().manual_seed(seed)
-    d = shape.head_dim
-    q = torch.randn(shape.kv_heads, shape.group, d, generator=generator)
-    kv = torch.empty(shape.kv_heads, tokens, 2, d, dtype=shape.dtype)
-    for head in range(shape.kv_heads):
-        basis = torch.randn(8, d, generator=generator)
-        keys = torch.randn(tokens, 8, generator=generator) @ basis * 0.4 + torch.randn(d, generator=generator)
-        chosen = torch.rand(tokens, generator=generator) < 1 / 64
-        which = torch.randint(shape.group, (tokens,), generator=generator)
-        along = torch.rand(tokens, 1, generator=generator) * 1.2
-        keys = keys + torch.where(chosen[:, None], along * q[head, which], torch.zeros(()))
-        kv[head, :, 0] = keys.to(shape.dtype)
-        kv[head, :, 1] = torch.randn(tokens, d, generator=generator).to(shape.dtype)
+    with torch.device(device):
+        generator = torch.Generator(device).manual_seed(seed)
+        d = shape.head_dim
+        q = torch.randn(shape.kv_heads, shape.group, d, generator=generator)
+        kv = torch.empty(shape.kv_heads, tokens, 2, d, dtype=shape.dtype)
+        for head in range(shape.kv_heads):
+            basis = torch.randn(8, d, generator=generator)
+            keys = torch.randn(tokens, 8, generator=generator) @ basis * 0.4 + torch.randn(d, generator=generator)
+            chosen = torch.rand(tokens, generator=generator) < 1 / 64
+            which = torch.randint(shape.group, (tokens,), generator=generator)
+            along = torch.rand(tokens, 1, generator=generator) * 1.2
+            keys = keys + torch.where(chosen[:, None], along * q[head, which], torch.zeros(()))
+            kv[head, :, 0] = keys.to(shape.dtype)
+            kv[head, :, 1] = torch.randn(tokens, d, generator=generator).to(shape.dtype)
     return kv, q
 
 
-def seconds(call: Callable[[], Any], repeats: int = 7) -> float:
-    """Median wall time of a call, after one that does not count."""
+def times(call: Callable[[], Any], repeats: int = 7, cold: bool = True) -> list[float]:
+    """Wall times of a call, after one that does not count; if `cold`, each with caches that hold other data.
+
+    Notes
+    -----
+    Between two steps of a layer a model reads its weights and all other layers: a layer that is called again and again would be
+    found in the processor's caches, and the small low-bit copies before the large vectors, which favours sparse steps.
+    """
     call()
-    times = []
+    other = _other_data()
+    found = []
     for _ in range(repeats):
+        if cold:
+            other.sum()
         began = time.perf_counter()
         call()
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+        found.append(time.perf_counter() - began)
+    return found
 
 
-def fit(points: list[tuple[float, float]]) -> Line:
-    """The straight line through two points, with neither cost negative."""
-    (x0, y0), (x1, y1) = points
-    slope = max(0.0, (y1 - y0) / (x1 - x0))
+@lru_cache(maxsize=1)
+def _other_data() -> Tensor:
+    """More than a processor's caches hold."""
+    return torch.zeros(32 << 20)
+
+
+def seconds(call: Callable[[], Any], repeats: int = 7, cold: bool = True) -> float:
+    """Median of :func:`times`."""
+    return statistics.median(times(call, repeats, cold))
+
+
+def fit(points: Sequence[tuple[float, float]]) -> Line:
+    """The straight line, with neither cost negative, whose relative errors at the points have the least squares.
+
+    Parameters
+    ----------
+    points : sequence of (float, float)
+        Tokens and seconds, at least one; through two it goes exactly where it may.
+    """
+    weights = [1 / max(y, 1e-12) ** 2 for _, y in points]
+    total = sum(weights)
+    x0 = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
+    y0 = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
+    spread = sum(w * (x - x0) ** 2 for w, (x, _) in zip(weights, points, strict=True))
+    slope = 0.0
+    if spread > 0:
+        slope = max(0.0, sum(w * (x - x0) * (y - y0) for w, (x, y) in zip(weights, points, strict=True)) / spread)
     fixed = y0 - slope * x0
-    if fixed < 0:
-        return Line(0.0, y1 / x1)
-    return Line(fixed, slope)
+    if fixed >= 0:
+        return Line(fixed, slope)
+    steep = sum(w * x * y for w, (x, y) in zip(weights, points, strict=True))
+    return Line(0.0, steep / sum(w * x * x for w, (x, _) in zip(weights, points, strict=True)))
 
 
 def measure_host(shape: ModelShape, lengths: tuple[int, int] = LENGTHS, repeats: int = 7) -> dict[str, Line]:
@@ -99,7 +142,9 @@ def measure_host(shape: ModelShape, lengths: tuple[int, int] = LENGTHS, repeats:
     best = torch.full(q.shape[:2], float("-inf"))
 
     def note(stage: str, tokens: int, call: Callable[[], Any]) -> None:
-        points.setdefault(stage, []).append((tokens, seconds(call, repeats)))
+        # What works on the scores finds them where the scan has just left them.
+        cold = stage not in ("cut", "cut_recovery", "select")
+        points.setdefault(stage, []).append((tokens, seconds(call, repeats, cold)))
 
     cut = DIPR(alpha=0.003, cap=128)
     for tokens in lengths:

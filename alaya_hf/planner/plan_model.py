@@ -22,6 +22,8 @@ from alaya_hf.units import bytes_text, time_text
 
 #: Nats per token that plans stay below where nothing is asked for and memory and time allow it.
 DEFAULT_KL = 1e-3
+#: What a plan of the host engine has to gain over the dense one, at least, and however far off the estimates are.
+_LEAST_GAIN, _MOST_GAIN = 0.05, 0.2
 
 
 class Planner:
@@ -179,10 +181,17 @@ class Planner:
         for engine in wanted:
             sizes = windows(self.settings) if fixed is None else [(fixed[0].window, fixed[0].min_context)]
             for window, whole in sizes:
-                options = []
+                options: list[list[Choice]] = []
+                alike: dict[int, list[Choice]] = {}
+                # Layers without settings of their own differ in their profiles alone.
+                free = fixed is None and tokens is None and not self.settings.layers and not self.settings.dense_layers
                 for layer in range(self.shape.layers):
-                    found = self._options(layer, engine, window, whole, context, batch, room, fixed, correction, tokens)
-                    options.append(found)
+                    groups = id(self.profile.layer(layer, self.shape.layers))
+                    if not free or groups not in alike:
+                        alike[groups] = self._options(
+                            layer, engine, window, whole, context, batch, room, fixed, correction, tokens
+                        )
+                    options.append(alike[groups])
                 plan, needed = self._choose(options, engine, context, batch, room, correction, tokens)
                 if plan is None:
                     smallest = needed if smallest is None else min(smallest, needed)
@@ -228,12 +237,25 @@ class Planner:
                 f"{', '.join(sorted(own.given & fields)) or 'none of its own'} (engine {engine!r}{f': {why}' if why else ''}). "
                 "Leave one of them to the planner."
             )
+        found = self._worth_it(found)
         target = self.settings.recovery
         if target is None:
             return found
         kept = [choice for choice in found if choice[1].recovery >= target - 1e-9]
         most = max(estimate.recovery for _, estimate in found)
         return kept or [choice for choice in found if choice[1].recovery >= most - 1e-3]
+
+    def _worth_it(self, found: list[Choice]) -> list[Choice]:
+        """Without plans of the host engine that gain no more over the dense one than the estimates are off.
+
+        The dense plan is exact and holds no more on the device: quality would be given away for a gain that may not be there.
+        """
+        dense = min((e.seconds for plan, e in found if plan.query.keeps_all and plan.engine == "host"), default=None)
+        if dense is None:
+            return found
+        error = self.calibration.median_error
+        worth = dense * (1 - min(_MOST_GAIN, max(_LEAST_GAIN, error if error is not None else 0.0)))
+        return [c for c in found if c[0].query.keeps_all or c[0].engine != "host" or c[1].seconds < worth]
 
     def _choose(
         self, options: list[list[Choice]], engine: str, context: int, batch: int, room: int,
@@ -253,12 +275,7 @@ class Planner:
                 settings.gpu_bytes, None if slo is None else slo - base, DEFAULT_KL if settings.kl is None else settings.kl,
                 settings.kl is not None,
             )  # fmt: skip
-            chosen = search(
-                options,
-                limits,
-                shared_key,
-                lambda plan: workspace_bytes(plan, self.shape, room, batch, self.passes(plan.engine)),
-            )
+            chosen = self._search(options, limits, engine, room, batch)
             if chosen is None:
                 least = [min(layer, key=lambda choice: choice[1].device_bytes) for layer in options]
                 shared = {
@@ -273,6 +290,24 @@ class Planner:
             if slo is None or found.seconds <= slo:
                 break
         return result, 0
+
+    def _search(
+        self, options: list[list[Choice]], limits: Limits, engine: str, room: int, batch: int
+    ) -> list[Choice] | None:  # fmt: skip
+        """Plans within the limits; with a limit of time, such that it holds if the estimates are as low as they tend to be."""
+
+        def shared(plan: LayerPlan) -> int:
+            return workspace_bytes(plan, self.shape, room, batch, self.passes(plan.engine))
+
+        margin = self.calibration.margin(engine)
+        if limits.seconds is not None and margin > 1:
+            sure = replace(limits, seconds=limits.seconds / margin, firm=True)
+            found = search(options, sure, shared_key, shared)
+            # Room to spare gives way to quality, time does not.
+            if found is not None and sum(e.kl for _, e in found) <= limits.kl * (1 + 1e-9):
+                if sum(e.seconds for _, e in found) <= limits.seconds:
+                    return found
+        return search(options, limits, shared_key, shared)
 
     def _reason(self, plan: LayerPlan, estimate: Estimate) -> str:
         if plan.reason:

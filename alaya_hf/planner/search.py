@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from alaya_hf.planner.layer_plan import Estimate, LayerPlan
@@ -37,35 +37,34 @@ class _State:
     """A choice for every layer and its totals; buffers that layers share count once."""
 
     def __init__(
-        self,
-        options: Sequence[Sequence[Choice]],
-        key: Callable[[LayerPlan], Hashable],
-        shared: Callable[[LayerPlan], int],
+        self, options: Sequence[Sequence[Choice]], keys: Sequence[Sequence[Hashable]], sizes: Mapping[Hashable, int],
         picked: Sequence[int],
-    ) -> None:
-        self.options, self.key, self.shared = options, key, shared
+    ) -> None:  # fmt: skip
+        self.options, self.keys, self.sizes = options, keys, sizes
+        kinds: dict[tuple[Choice, ...], int] = {}
+        self.kinds = [kinds.setdefault(tuple(layer), len(kinds)) for layer in options]
         self.picked = list(picked)
-        self.keys = Counter(key(options[i][p][0]) for i, p in enumerate(self.picked))
-        self.sizes = {key(plan): shared(plan) for layer in options for plan, _ in layer}
+        self.used = Counter(keys[i][p] for i, p in enumerate(self.picked))
         chosen = [options[i][p][1] for i, p in enumerate(self.picked)]
-        self.bytes = sum(e.device_bytes for e in chosen) + sum(self.sizes[k] for k in self.keys)
+        self.bytes = sum(e.device_bytes for e in chosen) + sum(sizes[k] for k in self.used)
         self.seconds = sum(e.seconds for e in chosen)
         self.kl = sum(e.kl for e in chosen)
 
     def delta(self, layer: int, to: int) -> tuple[int, float, float]:
         """What moving a layer to another plan adds: bytes, seconds, KL."""
-        (old_plan, old), (plan, new) = self.options[layer][self.picked[layer]], self.options[layer][to]
+        at = self.picked[layer]
+        old, new = self.options[layer][at][1], self.options[layer][to][1]
         size = new.device_bytes - old.device_bytes
-        old_key, key = self.key(old_plan), self.key(plan)
+        old_key, key = self.keys[layer][at], self.keys[layer][to]
         if key != old_key:
-            size += (0 if self.keys[key] else self.sizes[key]) - (self.sizes[old_key] if self.keys[old_key] == 1 else 0)
+            size += (0 if self.used[key] else self.sizes[key]) - (self.sizes[old_key] if self.used[old_key] == 1 else 0)
         return size, new.seconds - old.seconds, new.kl - old.kl
 
     def move(self, layer: int, to: int) -> None:
         size, seconds, kl = self.delta(layer, to)
-        self.keys[self.key(self.options[layer][self.picked[layer]][0])] -= 1
-        self.keys[self.key(self.options[layer][to][0])] += 1
-        self.keys += Counter()
+        self.used[self.keys[layer][self.picked[layer]]] -= 1
+        self.used[self.keys[layer][to]] += 1
+        self.used += Counter()
         self.picked[layer] = to
         self.bytes, self.seconds, self.kl = self.bytes + size, self.seconds + seconds, self.kl + kl
 
@@ -110,9 +109,15 @@ def search(
         same = [next((i for i, (plan, _) in enumerate(layer) if plan == first), None) for layer in pruned]
         # Where a layer has no such plan, its own best.
         starts.append([starts[0][i] if p is None else p for i, p in enumerate(same)])
+    keys = [[key(plan) for plan, _ in layer] for layer in pruned]
+    sizes: dict[Hashable, int] = {}
+    for layer, own in zip(pruned, keys, strict=True):
+        for (plan, _), k in zip(layer, own, strict=True):
+            if k not in sizes:
+                sizes[k] = shared(plan)
     best: tuple[tuple[float, ...], list[Choice]] | None = None
     for start in starts:
-        state = _State(pruned, key, shared, start)
+        state = _State(pruned, keys, sizes, start)
         if limits.device_bytes is not None and state.bytes > limits.device_bytes:
             continue
         _descend(state, limits)
@@ -143,7 +148,12 @@ def _descend(state: _State, limits: Limits) -> None:
     def improve(wanted: Callable[[], bool], gain: int, allowed: Callable[[tuple[int, float, float]], bool]) -> None:
         while wanted():
             best: tuple[float, int, int] | None = None
+            seen: set[tuple[int, int]] = set()
             for i, layer in enumerate(state.options):
+                # Layers with the same options and the same choice would only say the same again.
+                if (state.kinds[i], state.picked[i]) in seen:
+                    continue
+                seen.add((state.kinds[i], state.picked[i]))
                 for p in range(len(layer)):
                     if p == state.picked[i]:
                         continue
