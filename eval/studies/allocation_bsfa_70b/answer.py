@@ -26,6 +26,17 @@ def values(rows: Sequence[dict[str, Any]], name: str) -> list[Any]:
     return list(dict.fromkeys(row["settings"][name] for row in rows if row["settings"].get(name) is not None))
 
 
+def plausible(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, without the times of all layers where the line through two numbers of layers falls: that is noise."""
+    lines = ("ms per token", "tokens/s")
+    return [
+        {name: value for name, value in row.items() if name not in lines}
+        if row.get("ms per token") is not None and row["ms per token"] < row["measured ms"]
+        else row
+        for row in rows
+    ]
+
+
 def _places(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for shape in values(rows, "shape"):
         for context in sorted(values([row for row in rows if row["settings"]["shape"] == shape], "context")):
@@ -116,7 +127,7 @@ def _most_layers(rows: Sequence[dict[str, Any]], shape: str) -> int:
 
 
 def _spread(rows: Iterator[dict[str, Any]], name: str) -> tuple[dict[str, Any], dict[str, Any], float] | None:
-    """Fastest, slowest, and how much more that is in per cent, of at least two."""
+    """Fastest, slowest, and how much more that is in per cent, of at least two: as measured, of however many layers."""
     held = [row for row in rows if row["settings"]["allocation"] is not None and row.get(name)]
     if len(held) < 2:
         return None
@@ -131,7 +142,7 @@ def _at(place: dict[str, Any], batch: int) -> str:
 def of_allocation(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What strategies do to times, where these were measured through them."""
     found = []
-    parts = (("decode", "ms per token", "time per token"), ("prefill", "first token s", "time to first token"))
+    parts = (("decode", "measured ms", "time per token"), ("prefill", "measured s", "time to first token"))
     for place in _places(rows):
         for part, name, what in parts:
             for batch in sorted(values(list(cells(rows, part=part, **place)), "batch")):
@@ -140,8 +151,10 @@ def of_allocation(rows: Sequence[dict[str, Any]]) -> list[str]:
                     spread = _spread(measured(rows, part=part, batch=batch, **place, **more), name)
                     if spread is not None:
                         low, high, gap = spread
+                        where = f"{_at(place, batch)}, {low['settings']['layers']} layers"
+                        how = f", {prefill} prefill" if prefill else ""
                         found.append(
-                            f"**{what[0].upper()}{what[1:]}**{f', {prefill} prefill' if prefill else ''} ({_at(place, batch)}): "
+                            f"**{what[0].upper()}{what[1:]}**{how} ({where}): "
                             f"`{low['settings']['allocation']}` {low[name]:.3g} to `{high['settings']['allocation']}` "
                             f"{high[name]:.3g} {'ms' if part == 'decode' else 's'}, {gap:.1f} % apart."
                         )

@@ -13,6 +13,7 @@ from eval.studies.allocation_bsfa_70b.answer import (
     of_allocation,
     of_bsfa,
     of_memory,
+    plausible,
     values,
 )
 
@@ -119,6 +120,7 @@ def page(rows: Sequence[dict[str, Any]], quality: Path | None = None) -> str:
     quality : Path, optional
         Tables of ``python -m eval report`` over the legal tasks.
     """
+    rows = plausible(rows)
     claims, machines = answers(rows), values(rows, "device")
     sentences = [*of_allocation(rows), *of_memory(rows), *of_bsfa(rows)]
     held = [claim["holds"] for claim in claims]
