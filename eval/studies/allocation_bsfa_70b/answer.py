@@ -31,7 +31,7 @@ def plausible(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     lines = ("ms per token", "tokens/s")
     return [
         {name: value for name, value in row.items() if name not in lines}
-        if row.get("ms per token") is not None and row["ms per token"] < row["measured ms"]
+        if row.get("ms per token") is not None and row["ms per token"] < row.get("measured ms", 0)
         else row
         for row in rows
     ]
