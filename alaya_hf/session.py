@@ -216,5 +216,7 @@ class Session(AlayaCache):
             layer.attach(
                 stored.read(0, first), stored.read(last, total), stored.pieces(first, last), dtype, torch.device(device)
             )
+        if loader is not None:
+            loader.attached()
         self._token_ids = ids
         self.chain = chain

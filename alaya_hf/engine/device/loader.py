@@ -135,6 +135,7 @@ class Loader:
 
     def __init__(self) -> None:
         self._pending: list[Future] = []
+        self._reads: list[Future[list[Tensor]]] = []
         weakref.finalize(self, _cancel, self._pending)
 
     def expect(self, files: Iterable[VectorFile]) -> None:
@@ -153,8 +154,12 @@ class Loader:
             Into pinned memory, from where copies to a device need not be waited for.
         """
         work = _pools("records")[0].submit(_read, layer, spans, pinned)
-        self._pending.append(work)
+        self._reads.append(work)
         return work
+
+    def attached(self) -> None:
+        """All layers have what :meth:`read` read: its memory may go. Not before: the pool waits for the device then."""
+        self._reads.clear()
 
     def bring(self, needed: Needed, records: Sequence[StoredRecords], target: Tensor, device: torch.device) -> Incoming:
         """Start to bring a layer's records.
