@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -56,10 +56,10 @@ def _threads() -> int:
     return max(1, min(_THREADS, allowed - 1))
 
 
-@lru_cache(maxsize=2)
-def _pools(kind: str) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
-    """Threads that verify, and one that registers and copies, of all sessions. Vectors wait behind vectors only."""
-    return ThreadPoolExecutor(_threads(), f"alaya-verify-{kind}"), ThreadPoolExecutor(1, f"alaya-bring-{kind}")
+@cache
+def _pool(kind: str, threads: int = 0) -> ThreadPoolExecutor:
+    """Threads of all sessions for one kind of work, which waits behind its own kind only."""
+    return ThreadPoolExecutor(threads or _threads(), f"alaya-{kind}")
 
 
 class Incoming:
@@ -123,7 +123,7 @@ class Loader:
     Every block is verified before it is used. Records come first and at once: threads verify them (checksums, which also reads
     a cold file ahead), one more registers their pages with CUDA and starts their copy on a side stream. Vectors are
     brought as a whole when somebody asks for that: all blocks that the attached prefix lies in are verified and their pages
-    registered, so that kernels read them in place. Until then :meth:`~alaya_hf.storage.db.vector_file.VectorFile.fetch`
+    registered, so that kernels read them in place. Until then :meth:`~alaya_hf.storage.db.vector_file.VectorFile.fetcher`
     reads the few that a pass retrieves. Nobody waits for a layer but the first work on it. A loader whose layers are forgotten
     stops.
 
@@ -140,7 +140,7 @@ class Loader:
 
     def expect(self, files: Iterable[VectorFile]) -> None:
         """Verify the checksums of files that are about to be asked for, side by side; what is wrong shows when they are."""
-        self._pending += [_pools("records")[0].submit(file.check_sums) for file in files]
+        self._pending += [_pool("verify-records").submit(file.check_sums) for file in files]
 
     def read(self, layer: StoredLayer, spans: Sequence[tuple[int, int]], pinned: bool) -> Future[list[Tensor]]:
         """Start to read some of a layer's tokens, verified: what its window holds.
@@ -153,7 +153,7 @@ class Loader:
         pinned : bool
             Into pinned memory, from where copies to a device need not be waited for.
         """
-        work = _pools("records")[0].submit(_read, layer, spans, pinned)
+        work = _pool("verify-records").submit(_read, layer, spans, pinned)
         self._reads.append(work)
         return work
 
@@ -182,19 +182,19 @@ class Loader:
         checks = [
             check for piece in records for check in self._check(piece.file, [piece.file.blocks_of(NAME)], "records")
         ]  # fmt: skip
-        arrival._records = _pools("records")[1].submit(_bring_records, checks, list(records), target, device, made)
+        arrival._records = _pool("bring-records", 1).submit(_bring_records, checks, list(records), target, device, made)
         self._pending.append(arrival._records)
         return arrival
 
     def _bring_vectors(self, needed: Needed, device: torch.device) -> Future[None]:
         checks = self._check(needed.registered.file, needed.blocks(), "vectors")
-        work = _pools("vectors")[1].submit(_bring_vectors, checks, needed.registered, device)
+        work = _pool("bring-vectors", 1).submit(_bring_vectors, checks, needed.registered, device)
         self._pending.append(work)
         return work
 
-    def _check(self, file: VectorFile, blocks: Iterable[range], pool: str) -> list[Future[None]]:
+    def _check(self, file: VectorFile, blocks: Iterable[range], kind: str) -> list[Future[None]]:
         checks = [
-            _pools(pool)[0].submit(file.verify, span[at : at + _SLICE])
+            _pool(f"verify-{kind}").submit(file.verify, span[at : at + _SLICE])
             for span in blocks
             for at in range(0, len(span), _SLICE)
         ]
@@ -257,7 +257,7 @@ def _bring_records(
 def fetch_lists(
     file: VectorFile, ids: Tensor, counts: Tensor, firsts: Tensor, lasts: Tensor, origin: int, out: Tensor
 ) -> None:
-    """:meth:`VectorFile.fetch` of all lists by several threads.
+    """:meth:`VectorFile.fetcher`'s work, all lists, by several threads.
 
     Parameters
     ----------
@@ -269,15 +269,13 @@ def fetch_lists(
         All on the host.
     """
     lists = ids.shape[0]
-    arguments = (ids.numpy(), counts.numpy(), firsts.numpy(), lasts.numpy(), origin)
-    rows = out.view(torch.uint8).view(lists, ids.shape[1], -1).numpy() if out.numel() else None
-    if rows is None:
+    if not out.numel():
         return
-    step = max(1, -(-lists // (2 * _threads())))
-    work = [
-        _pools("records")[0].submit(file.fetch, *arguments, rows, range(at, min(at + step, lists)))
-        for at in range(0, lists, step)
-    ]
+    rows = out.view(torch.uint8).view(lists, ids.shape[1], -1).numpy()
+    fetch = file.fetcher(ids.numpy(), counts.numpy(), firsts.numpy(), lasts.numpy(), origin, rows)
+    step = -(-lists // _threads())
+    # Threads of their own: behind the records of all later layers a pass would wait for those.
+    work = [_pool("fetch").submit(fetch, at, min(at + step, lists)) for at in range(0, lists, step)]
     errors = [error for error in (each.exception() for each in work) if error is not None]
     if errors:
         raise errors[0]

@@ -16,20 +16,20 @@ class FetchBuffers:
     """Pinned memory that :meth:`StoredRun.fetch` works in, shared by the layers of a cache, which use it one after the other."""
 
     def __init__(self) -> None:
-        self._held: tuple[Tensor, Tensor, Tensor] | None = None
+        self._held: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def of(
         self, ids: Tensor, counts: Tensor, tail: tuple[int, ...], dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Buffers for ids, counts and rows ``[*ids.shape, *tail]``; made anew for other shapes."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Buffers for ids, counts and rows ``[*ids.shape, *tail]``, and the rows for kernels; made anew for other shapes."""
         shape = (*ids.shape, *tail)
         if self._held is None or self._held[2].shape != shape or self._held[2].dtype != dtype:
             self._held = None
             pool = pinned_pool()
             # Nothing is read from rows that were not fetched, whatever they hold.
-            self._held = (
-                pool.allocate(ids.shape, ids.dtype), pool.allocate(counts.shape, counts.dtype), pool.allocate(shape, dtype),
-            )  # fmt: skip
+            places, numbers = pool.allocate(ids.shape, ids.dtype), pool.allocate(counts.shape, counts.dtype)
+            rows = pool.allocate(shape, dtype)
+            self._held = places, numbers, rows, device_view(rows, ids.device) if ids.is_cuda else rows
         return self._held
 
 
@@ -115,7 +115,7 @@ class StoredRun:
             self.registered.file.scattered()
         self._fetched = True
         kv = self.registered.file.tensors["kv"]
-        places, numbers, rows = buffers.of(ids, counts, kv.shape[2:], kv.dtype)
+        places, numbers, rows, view = buffers.of(ids, counts, kv.shape[2:], kv.dtype)
         places.copy_(ids, non_blocking=True)
         numbers.copy_(counts, non_blocking=True)
         if ids.is_cuda:
@@ -126,7 +126,7 @@ class StoredRun:
             self.registered.file, places.view(lists, cap), numbers.view(lists), torch.full_like(until, self.first), until,
             self.origin, rows.view(lists, cap, *kv.shape[2:]),
         )  # fmt: skip
-        return device_view(rows, ids.device) if ids.is_cuda else rows
+        return view
 
     def places(self, start: int, stop: int) -> Tensor:
         """Some of its places on the host: ``[kv_heads, stop - start, 2, head_dim]``, a view."""

@@ -39,6 +39,8 @@ _IRRELEVANT = {
     "use_cache",
 }
 _ROPE = ("rope_parameters", "rope_theta", "rope_scaling", "max_position_embeddings", "partial_rotary_factor")
+# What a module has that computes no rotary embedding.
+_PLAIN = {*vars(torch.nn.Linear(1, 1)), *vars(torch.nn.Embedding(1, 1)), "_is_hf_initialized", "variance_epsilon"}
 _SAMPLES = 64  # elements looked at per parameter
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -94,8 +96,8 @@ def _persistent_buffers(model: Any) -> list[tuple[str, Tensor]]:
     return [
         (f"{prefix}.{name}", buffer)
         for prefix, module in model.named_modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name not in module._non_persistent_buffers_set
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
     ]
 
 
@@ -103,11 +105,14 @@ def _rotary(model: Any) -> dict[str, Any]:
     """The rotary embedding as it is computed, whatever the configuration says."""
     frequencies, scalings = set(), set()
     for module in model.modules():
+        # Most modules have nothing of their own to look at; asking each for all that it has would take longer than the rest.
+        if not module._buffers and _PLAIN.issuperset(vars(module)):
+            continue
         kinds = getattr(module, "rope_type", None)
         kinds = set(kinds.values()) if isinstance(kinds, Mapping) else {kinds}
         # These change with the length of a pass; what they start from does not.
         ending = "original_inv_freq" if kinds & {"dynamic", "longrope"} else "inv_freq"
-        for name, value in (*module.named_buffers(recurse=False), *vars(module).items()):
+        for name, value in (*module._buffers.items(), *vars(module).items()):
             if name.endswith(ending) and isinstance(value, Tensor) and value.numel() and value.device.type != "meta":
                 frequencies.add(_digest([value]))
             elif name.endswith("attention_scaling") and isinstance(value, (int, float)):

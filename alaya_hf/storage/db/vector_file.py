@@ -18,7 +18,7 @@ import stat
 import sys
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -396,17 +396,21 @@ class VectorFile:
         if size and hasattr(mmap, "MADV_RANDOM"):
             self.map.madvise(mmap.MADV_RANDOM, start - self._base + self.offset, size)
 
-    def fetch(
-        self, ids: np.ndarray, counts: np.ndarray, firsts: np.ndarray, lasts: np.ndarray, origin: int, out: np.ndarray,
-        lists: range,
-    ) -> None:  # fmt: skip
-        """Copy the rows of ``kv`` that some lists name, verified; for threads of one's own, which share the lists.
+    def fetcher(
+        self, ids: np.ndarray, counts: np.ndarray, firsts: np.ndarray, lasts: np.ndarray, origin: int, out: np.ndarray
+    ) -> Callable[[int, int], None]:  # fmt: skip
+        """What copies the rows of ``kv`` that some lists name, verified; for threads of one's own, which share the lists.
 
         Parameters
         ----------
-        ids, counts, firsts, lasts, origin, lists
+        ids, counts, firsts, lasts, origin
             See :func:`~alaya_hf.kernels.cpu.fetch.fetch_rows`.
         out : ndarray ``[lists, cap, row bytes]`` uint8
+
+        Returns
+        -------
+        callable
+            Of the first list to do and the one to stop before; raises CorruptStoreError.
 
         Raises
         ------
@@ -416,12 +420,16 @@ class VectorFile:
         heads, tokens = self.tensors["kv"].shape[:2]
         rows = out.view(np.uint64)
         assert self._places["kv"][0] == self._base
-        bad = fetch_rows(
-            self._words, sums, self._verified, ids, counts, firsts, lasts, origin, heads, tokens, rows.shape[-1], rows,
-            lists.start, lists.stop,
-        )  # fmt: skip
-        if bad >= 0:
-            raise self._mismatch(int(bad))
+
+        def fetch(begin: int, end: int) -> None:
+            bad = fetch_rows(
+                self._words, sums, self._verified, ids, counts, firsts, lasts, origin, heads, tokens, rows.shape[-1], rows,
+                begin, end,
+            )  # fmt: skip
+            if bad >= 0:
+                raise self._mismatch(int(bad))
+
+        return fetch
 
     def check(self, name: str, kind: str = "index") -> None:
         """Verify a whole tensor, once.
