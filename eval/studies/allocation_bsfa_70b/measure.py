@@ -218,12 +218,19 @@ class Bench:
         fewer = [] if layers == self.all_layers or layers == 1 else [max(1, layers // 2)]
         times = {each: self._decode(context, batch, system, each, allocation) for each in (*fewer, layers)}
         row = times[layers]
-        if fewer:
+
+        def whole(name: str) -> float:
+            """A figure of some layers brought to all of them."""
+            if not fewer:
+                return float(row[name] * self.all_layers / layers)
             (less,) = fewer
-            each = (row["measured ms"] - times[less]["measured ms"]) / (layers - less)
-            row["ms per token"] = times[less]["measured ms"] + each * (self.all_layers - less)
-        else:
-            row["ms per token"] = row["measured ms"] * self.all_layers / layers
+            each = (row[name] - times[less][name]) / (layers - less)
+            return float(times[less][name] + each * (self.all_layers - less))
+
+        row["ms per token"] = whole("measured ms")
+        if "device GB" in row:
+            # What the layers share weighs less with all of them.
+            row["device share"] = whole("device GB") / whole("all GB")
         row["tokens/s"] = 1000 * batch / row["ms per token"]
         return row
 
@@ -240,7 +247,12 @@ class Bench:
         row = {"measured ms": found["ms"], "p95 ms": found["p95 ms"]}
         row |= {"peak GB": found["peak GB"]} if "peak GB" in found else {}
         if settings is not None:
-            row |= {"store": settings.store_dtype, "replays": found["replays"], "device share": found["device share"]}
+            row |= {
+                "store": settings.store_dtype,
+                "replays": found["replays"],
+                "device GB": found["cache on device GB"],
+            }
+            row["all GB"] = found["cache on device GB"] / found["device share"]
             row["MB over the bus per token"] = found["bus MB per token"] * self.all_layers / layers
         return row
 

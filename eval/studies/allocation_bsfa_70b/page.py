@@ -36,8 +36,9 @@ these tables says anything about the quality of an answer**, and these neither:
   made from random tokens to keep k tiles per 128 queries, and past 131,072 tokens repeat the last block's. A gain here is the
   gain at the share of skipped tiles that stands beside it.
 * What is lost at that share: on a real model, [prefill.md](prefill.md) has the loss of BSFA's k and of `blasst`.
-* Times of fewer layers than the shape's are brought to all of them: of a decode step from two numbers of layers, in a straight
-  line; of a prefill in proportion. Over several GPUs the hand-over between them is in no time."""
+* Times of fewer layers than the shape's are brought to all of them: of a decode step, and of what it keeps on the device, from
+  two numbers of layers, in a straight line; of a prefill in proportion. Over several GPUs the hand-over between them is in no
+  time."""
 
 
 def _legal(quality: Path | None) -> list[str]:
