@@ -8,6 +8,7 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,9 +17,10 @@ from hypothesis import strategies as st
 from alaya_hf import DIPR, AlayaCache, AlayaConfig, Recovery
 from alaya_hf.errors import BudgetError, CalibrationError, ConfigError, ConflictError
 from alaya_hf.planner import ModelShape, Planner
-from alaya_hf.planner.calibration import Calibration, load_calibration
+from alaya_hf.planner.calibration import Calibration, Line, load_calibration
 from alaya_hf.planner.keeper import REVIEW, Keeper
 from alaya_hf.planner.layer_plan import Estimate, LayerPlan, wider
+from alaya_hf.planner.measure_host import fit_bent
 from alaya_hf.planner.profile import Profile, load_profile
 from alaya_hf.planner.search import Limits, search
 from alaya_hf.probes import Monitor
@@ -356,3 +358,18 @@ def test_wider(query: Any) -> None:
     scores, best = torch.randn(1, 2, 500), torch.zeros(1, 2)
     narrow, wide = (q.threshold(scores.clone(), best, 0.5, best) for q in (query, wider(query)))
     assert bool((wide <= narrow).all())
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.floats(0.5, 5), st.floats(0, 0.02))
+def test_a_cost_that_bends_is_found_and_one_that_does_not_stays_straight(
+    seed: int, steeper: float, noise: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    tokens = [30, 60, 120, 240, 300, 500, 800, 1000, 1300, 1600, 2000]
+    straight = [(n, (7e-6 + 9e-8 * n) * (1 + noise * rng.uniform(-1, 1))) for n in tokens]
+    bent = [(n, cost + steeper * 9e-8 * max(0, n - 1000)) for n, cost in straight]
+    line = fit_bent(bent)
+    assert all(abs(line(n) / cost - 1) < 0.05 + 2 * noise for n, cost in bent)
+    assert all(abs(fit_bent(straight)(n) / cost - 1) < 0.05 for n, cost in straight)
+    assert Line(*line.to_list()) == line

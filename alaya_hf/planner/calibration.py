@@ -37,13 +37,26 @@ DEVICE_STAGES = (
 
 @dataclass(frozen=True)
 class Line:
-    """A cost that grows by a straight line: ``fixed + per_token * tokens`` seconds."""
+    """A cost that grows by a straight line, which may be steeper from some number of tokens on.
+
+    ``fixed + per_token * tokens + beyond * max(0, tokens - knee)`` seconds.
+    """
 
     fixed: float
     per_token: float
+    knee: float = 0.0
+    beyond: float = 0.0
 
     def __call__(self, tokens: float) -> float:
-        return self.fixed + self.per_token * max(0.0, tokens)
+        return self.fixed + self.growth(tokens)
+
+    def growth(self, tokens: float) -> float:
+        """What depends on the tokens."""
+        return self.per_token * max(0.0, tokens) + self.beyond * max(0.0, tokens - self.knee)
+
+    def to_list(self) -> list[float]:
+        """The numbers, without those of a bend that there is not."""
+        return [self.fixed, self.per_token, *((self.knee, self.beyond) if self.beyond else ())]
 
 
 @dataclass(frozen=True)
@@ -105,7 +118,7 @@ class Calibration:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             if item.name in ("host", "device"):
-                value = {name: [line.fixed, line.per_token] for name, line in sorted(value.items())}
+                value = {name: line.to_list() for name, line in sorted(value.items())}
             elif isinstance(value, Mapping):
                 value = dict(sorted(value.items()))
             elif isinstance(value, tuple):

@@ -59,7 +59,7 @@ def _host_stages(
 ) -> list[tuple[float, float]]:
     def stage(name: str, tokens: float) -> tuple[float, float]:
         line = costs.host[name]
-        return line.fixed, line.per_token * tokens
+        return line.fixed, line.growth(tokens)
 
     parts = [stage("window", window)]
     if not offloaded:
@@ -95,7 +95,7 @@ def _device_stages(
 ) -> list[tuple[float, float]]:
     def stage(name: str, tokens: float) -> tuple[float, float]:
         line = costs.device[name]
-        return line.fixed, line.per_token * tokens
+        return line.fixed, line.growth(tokens)
 
     eight = plan.store_dtype in ("int8", "fp8")
     if isinstance(plan.index, Coarse):

@@ -13,7 +13,7 @@ import torch
 from alaya_hf.kernels.gpu.store_format import StoreFormat
 from alaya_hf.planner.calibration import CUT_CAPS, Line
 from alaya_hf.planner.device_case import INIT, LOCAL, DeviceCase, DeviceContext, graph_seconds, sample_context
-from alaya_hf.planner.measure_host import fit
+from alaya_hf.planner.measure_host import fit, fit_bent
 from alaya_hf.planner.shape import ModelShape
 
 #: Tokens at which stages are timed; the longest one where the device has room for it.
@@ -77,7 +77,8 @@ def measure_device(
                 wholes.append(_measure_run(points, cases, gathered, context.low_tokens, cap, seconds))
             del context, cases
     once = ("window", "merge")
-    lines = {name: fit(found) for name, found in points.items() if name not in once}
+    bent = ("gather", "gather8")
+    lines = {name: (fit_bent if name in bent else fit)(found) for name, found in points.items() if name not in once}
     for name in once:
         lines[name] = Line(statistics.median(s for _, s in points[name]), 0.0)
     # Stages overlap, and a graph saves launches between them: what whole steps differ by goes into the fixed part.

@@ -34,7 +34,7 @@ _TABLE: dict[tuple[int, bool], tuple[Cut, ...]] = {
     (128, True): (Cut(K_TILE, 4, 2), Cut(K_TILE, 8, 2), Cut(K_TILE, 8, 3), Cut(K_TILE, 4, 3), Cut(K_TILE, 4, 1)),
     (256, True): (Cut(K_TILE, 8, 2), Cut(K_TILE, 8, 1)),
     (64, False): (Cut(128, 8, 3), Cut(64, 4, 3), Cut(128, 8, 2)),
-    (128, False): (Cut(128, 8, 2), Cut(64, 4, 2), Cut(128, 8, 3), Cut(64, 4, 1)),
+    (128, False): (Cut(128, 8, 3), Cut(64, 4, 2), Cut(128, 8, 2), Cut(64, 4, 1)),
     (256, False): (Cut(64, 8, 2), Cut(64, 8, 1)),
 }
 _preferred: dict[tuple[int, bool], Cut] = {}

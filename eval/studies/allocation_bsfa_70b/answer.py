@@ -139,6 +139,60 @@ def _at(place: dict[str, Any], batch: int) -> str:
     return f"{place['shape']}, {place['context']:,} tokens, batch {batch}"
 
 
+def in_short(rows: Sequence[dict[str, Any]]) -> str:
+    """The answer in a paragraph, for a reader who wants no more; empty without measured decoding through allocators."""
+    gaps, slowest, gains = [], [], []
+    for place in _places(rows):
+        for batch in sorted(values(list(cells(rows, **place)), "batch")):
+            decoded = _spread(measured(rows, part="decode", batch=batch, **place), "measured ms")
+            gaps += [decoded[2]] if decoded else []
+            for prefill in ("dense", "bsfa"):
+                filled = _spread(measured(rows, part="prefill", prefill=prefill, batch=batch, **place), "measured s")
+                slowest += [(filled[1]["settings"]["allocation"], 1 + filled[2] / 100)] if filled else []
+            own = {
+                prefill: next(
+                    measured(rows, part="prefill", prefill=prefill, batch=batch, allocation=None, **place), {}
+                )
+                for prefill in ("dense", "bsfa")
+            }
+            gain = _ratio(own["dense"].get("first token s"), own["bsfa"].get("first token s"))
+            gains += [gain] if gain is not None else []
+    held: dict[str, list[float]] = {}
+    for row in measured(rows, part="allocation"):
+        held.setdefault(row["settings"]["allocation"], []).append(row["held / needed"])
+    if not gaps or not held:
+        return ""
+    lean = [name for name, shares in held.items() if max(shares) < 1.05]
+    others = [name for name in held if name not in lean]
+    text = (
+        f"**In short.** Whichever strategy holds the context, a token takes as long, within {max(gaps):.0f} %. "
+        "What they decide is memory"
+    )
+    if lean and others:
+        wasted = [share for name in others for share in held[name]]
+        text += (
+            f": {_listed(lean)} hold what is needed and at most {100 * (max(max(held[name]) for name in lean) - 1):.1f} % more, "
+            f"{_listed(others)} {min(wasted):.1f} to {max(wasted):.1f} times as much"
+        )
+    text += "."
+    if slowest:
+        names = dict.fromkeys(name for name, ratio in slowest if ratio > 1.25)
+        ratios = [ratio for _, ratio in slowest]
+        text += f" A prompt takes {min(ratios):.2f} to {max(ratios):.2f} times as long into the slowest pool as into the fastest"
+        text += f" (slowest where it is more than 1.25: {_listed(list(names))})." if names else "."
+    if gains:
+        text += (
+            f" BSFA brings the first token {min(gains):.2f} to {max(gains):.2f} times as soon in the engine's own store, "
+            "at the shares of skipped tiles below."
+        )
+    return text
+
+
+def _listed(names: Sequence[str]) -> str:
+    ticked = [f"`{name}`" for name in names]
+    return ticked[0] if len(ticked) == 1 else f"{', '.join(ticked[:-1])} and {ticked[-1]}"
+
+
 def of_allocation(rows: Sequence[dict[str, Any]]) -> list[str]:
     """What strategies do to times, where these were measured through them."""
     found = []

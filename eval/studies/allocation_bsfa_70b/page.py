@@ -9,6 +9,7 @@ from typing import Any
 from eval.report import markdown, read_csv
 from eval.studies.allocation_bsfa_70b.answer import (
     answers,
+    in_short,
     measured,
     of_allocation,
     of_bsfa,
@@ -132,6 +133,7 @@ def page(rows: Sequence[dict[str, Any]], quality: Path | None = None) -> str:
         f"Timed on {', '.join(machines) or 'no GPU so far'}; `python -m eval study allocation-bsfa-70b --help`; every cell in "
         "`cells.csv` of the results folder.",
         "## Answer",
+        *filter(None, [in_short(rows)]),
         "\n".join(f"* {sentence}" for sentence in sentences) if sentences else "Nothing has been measured yet.",
         "## Against full attention on the same machine",
         f"{summary} Resident: the fastest of the baselines that keep all keys on the device, of which `resident` is full "
