@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 from transformers.utils import ModelOutput
 
+from alaya_hf.cache_argument import CACHE_ARGUMENT, CACHE_ARGUMENTS, cache_argument
 from alaya_hf.compiled_blocks import compiled_blocks, decoder_blocks
 from alaya_hf.device_layer import DeviceLayer
 from alaya_hf.engine.device.shared import Counters
@@ -62,7 +63,7 @@ class _Inputs:
         fixed: dict[str, Any] = {}
         tensors: dict[str, Tensor] = {}
         for name, value in kwargs.items():
-            if name in ("past_key_values", "attention_mask"):
+            if name in (CACHE_ARGUMENT, "attention_mask"):
                 continue
             if isinstance(value, Tensor) and value.device == ids.device:
                 tensors[name] = value
@@ -166,14 +167,14 @@ class DecodeGraph:
             raise TypeError(f"expected the model to return a ModelOutput, got {type(output).__name__}")
         # Without the cache, which holds this graph.
         self.kind = type(output)
-        self.output = {name: value for name, value in output.items() if name != "past_key_values"}
-        self.returns_cache = "past_key_values" in output
+        self.output = {name: value for name, value in output.items() if name not in CACHE_ARGUMENTS}
+        self.cache_outputs = [name for name in CACHE_ARGUMENTS if name in output.keys()]  # noqa: SIM118
 
     def _capture(self, model: Any, forward: Forward, inputs: _Inputs, cache: Any, blocks: Any) -> Any:
         """The call's kernels, not run; returns the outputs they will write."""
         self.graph = torch.cuda.CUDAGraph()
         with blocks, captured(self.graph, self.layers[0].device):
-            output = forward(model, **inputs.fixed, **self.inputs, past_key_values=cache)
+            output = forward(model, **inputs.fixed, **self.inputs, **cache_argument(cache))
             self._count_on(self.layers[0].device)
         return output
 
@@ -184,7 +185,7 @@ class DecodeGraph:
         self.graph.replay()
         # The next replay overwrites the graph's own tensors.
         found = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, self.output)
-        return self.kind(**found, **({"past_key_values": cache} if self.returns_cache else {}))
+        return self.kind(**found, **dict.fromkeys(self.cache_outputs, cache))
 
     def _count_on(self, device: torch.device) -> None:
         """Let a device count what it takes in; becomes part of a graph."""
@@ -264,7 +265,7 @@ class SegmentedDecodeGraph(DecodeGraph):
         devices = [layer.device for layer in self.layers]
         self.segments = SegmentGraphs([block for block, _ in found], devices, self._count_on)
         with self.segments.capturing():
-            return forward(model, **inputs.fixed, **inputs.tensors, past_key_values=cache)
+            return forward(model, **inputs.fixed, **inputs.tensors, **cache_argument(cache))
 
     def _run(self, inputs: _Inputs, cache: Any) -> Any:
         model = self.model()
@@ -272,7 +273,7 @@ class SegmentedDecodeGraph(DecodeGraph):
         cache.graphs.capturing = True
         try:
             with self.segments.replaying():
-                return self.forward(model, **self.fixed, **inputs.tensors, past_key_values=cache)
+                return self.forward(model, **self.fixed, **inputs.tensors, **cache_argument(cache))
         finally:
             cache.graphs.capturing = False
 
@@ -391,7 +392,7 @@ class DecodeGraphs:
         compiled = self.mode == "compile" and new == 1 and one
         if kept.warm == 0 or (compiled and kept.warm == 1):
             # The call that will be captured: compiled blocks are made for its shapes.
-            call = {**inputs.fixed, **inputs.tensors, "attention_mask": mask, "past_key_values": cache}
+            call = {**inputs.fixed, **inputs.tensors, "attention_mask": mask, CACHE_ARGUMENT: cache}
             with self._blocks(cache, model) if kept.warm else nullcontext():
                 out = forward(model, **call)
             kept.last = (key, [layer.tokens.buffers for layer in cache.layers])

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicLayer
 
 from alaya_hf.attention import NAME
 from alaya_hf.cache import AlayaCache
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.config import AlayaConfig
 from alaya_hf.device_layer import DeviceLayer
 from alaya_hf.engine.device.plan import device_plan
@@ -290,7 +291,7 @@ def working_bytes(
             ids = torch.empty(batch, chunk, dtype=torch.int64)
             positions = torch.empty(batch, chunk, dtype=torch.int64)
             with torch.no_grad(), _LivePeak([*model.parameters(), *model.buffers()]) as live:
-                model(input_ids=ids, position_ids=positions, past_key_values=cache, logits_to_keep=1)
+                model(input_ids=ids, position_ids=positions, **cache_argument(cache), logits_to_keep=1)
     except Exception as error:
         raise UnsupportedModelError(
             f"the first layer of {type(config).__name__} cannot be run by itself to see what a pass works with ({error}). Give "

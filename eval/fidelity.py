@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alaya_hf import AlayaCache, AlayaConfig
+from alaya_hf.cache_argument import cache_argument
 
 
 @dataclass
@@ -57,8 +58,8 @@ def reference(model: Any, ids: Tensor, steps: int, chunk: int = 2048) -> Tensor:
     cache = DynamicCache(config=model.config)
     prompt = ids.shape[1] - steps
     for start in range(0, prompt, chunk):
-        model.model(input_ids=ids[:, start : min(start + chunk, prompt)], past_key_values=cache)
-    logits = model(input_ids=ids[:, prompt:], past_key_values=cache).logits[0]
+        model.model(input_ids=ids[:, start : min(start + chunk, prompt)], **cache_argument(cache))
+    logits = model(input_ids=ids[:, prompt:], **cache_argument(cache)).logits[0]
     return logits.float().log_softmax(dim=-1)
 
 
@@ -66,7 +67,7 @@ def reference(model: Any, ids: Tensor, steps: int, chunk: int = 2048) -> Tensor:
 def prefill(model: Any, ids: Tensor, settings: AlayaConfig, probe_recovery: bool = True) -> AlayaCache:
     """A cache that holds ``ids`` (``[1, n]``)."""
     cache = AlayaCache(settings, config=model.config, probe=True, probe_recovery=probe_recovery)
-    model.model(input_ids=ids, past_key_values=cache)
+    model.model(input_ids=ids, **cache_argument(cache))
     return cache
 
 
@@ -92,7 +93,7 @@ def follow(
             for layer in cache.alaya_layers:
                 if layer.probe is not None:
                     layer.probe.recovery = False
-        logits = model(input_ids=ids[:, step : step + 1], past_key_values=cache).logits[0, -1]
+        logits = model(input_ids=ids[:, step : step + 1], **cache_argument(cache)).logits[0, -1]
         found = logits.float().log_softmax(dim=-1)
         into.kl.append(float((expected[step].exp() * (expected[step] - found)).sum()))
         into.top1.append(bool(expected[step].argmax() == found.argmax()))

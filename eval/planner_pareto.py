@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from alaya_hf import AlayaCache, AlayaConfig
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.cli.calibrate import calibrate
 from alaya_hf.planner import ModelShape
 from alaya_hf.planner.calibration import Calibration, save_calibration
@@ -100,7 +101,7 @@ def tracks(
                 cache._last_step = None  # the time in between is the others'
                 began = time.perf_counter()
                 logits = network(
-                    input_ids=sequence[:, -steps + step : sequence.shape[1] - steps + step + 1], past_key_values=cache
+                    input_ids=sequence[:, -steps + step : sequence.shape[1] - steps + step + 1], **cache_argument(cache)
                 ).logits[0, -1]
                 took = time.perf_counter() - began
                 given = logits.float().log_softmax(dim=-1)

@@ -12,6 +12,7 @@ import typer
 from torch import Tensor
 
 from alaya_hf import AlayaCache, AlayaConfig
+from alaya_hf.cache_argument import cache_argument
 from eval.data import long_contracts
 from eval.environment import describe
 from eval.models import load
@@ -54,7 +55,7 @@ def hidden_states(model: Any, ids: Tensor, prefill: Any, chunk: int) -> tuple[Te
     settings = AlayaConfig(prefill=prefill, window=(64, 256), min_context=0)
     cache = AlayaCache(settings, config=model.config, probe=True)
     parts = [
-        model.model(input_ids=ids[:, start : start + chunk], past_key_values=cache).last_hidden_state[0]
+        model.model(input_ids=ids[:, start : start + chunk], **cache_argument(cache)).last_hidden_state[0]
         for start in range(0, ids.shape[1], chunk)
     ]
     return torch.cat(parts), cache.stats()["skipped_tiles"]

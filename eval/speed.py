@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from alaya_hf import AlayaCache, AlayaConfig, AlayaLayer
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.kernels import host
 from alaya_hf.probes import Probe
 from eval.data import long_contracts
@@ -310,12 +311,12 @@ def generate(
     with torch.no_grad(), Progress() as progress:
         task = progress.add_task("generate", total=len(caches) + steps)
         for cache in caches.values():
-            network.model(input_ids=prompt, past_key_values=cache)
+            network.model(input_ids=prompt, **cache_argument(cache))
             progress.advance(task)
         for step in range(steps):
             for name, cache in caches.items():
                 began = time.perf_counter()
-                network(input_ids=rest[:, step : step + 1], past_key_values=cache).logits.argmax().item()
+                network(input_ids=rest[:, step : step + 1], **cache_argument(cache)).logits.argmax().item()
                 times[name].append(1000 * (time.perf_counter() - began))
             progress.advance(task)
     # The first steps build the low-bit copy and compile kernels.

@@ -19,6 +19,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from alaya_hf import DIPR, AlayaCache, AlayaConfig, TopK
 from alaya_hf.attention import alaya_attention, alaya_mask
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.probes import Probe
 from eval import plots
 from eval.environment import describe
@@ -190,7 +191,7 @@ def measure(
         began = time.perf_counter()
         with torch.no_grad(), stepping(model, cache, batch) if name == RESIDENT else nullcontext():
             model.generate(
-                ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new, do_sample=False,
+                ids, attention_mask=torch.ones_like(ids), **cache_argument(cache), max_new_tokens=new, do_sample=False,
                 stopping_criteria=StoppingCriteriaList([watch]),
             )  # fmt: skip
     except torch.cuda.OutOfMemoryError as error:
@@ -212,7 +213,7 @@ def measure(
         for layer in cache.alaya_layers:
             layer.probe = Probe()
         with torch.no_grad():
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **cache_argument(cache))
         stats = cache.stats()
         row["bus MB per token"], row["exact per head"] = stats["bytes_moved"] / 1e6 / batch, stats["retrieved"]
     return row

@@ -15,6 +15,7 @@ import typer
 from transformers import DynamicCache
 
 from alaya_hf import AlayaCache, AlayaConfig
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.engine.device.stream import copy_waits
 from alaya_hf.errors import HostMemoryError
 from alaya_hf.kernels.sparse_prefill import Q_TILE
@@ -44,7 +45,7 @@ def prefill_once(model: Any, cache: Any, ids: torch.Tensor, chunk: int) -> float
     with torch.no_grad():
         for start in range(0, ids.shape[1], chunk):
             model(
-                input_ids=ids[:, start : start + chunk], past_key_values=cache, logits_to_keep=1
+                input_ids=ids[:, start : start + chunk], **cache_argument(cache), logits_to_keep=1
             ).logits.argmax().item()
     return time.perf_counter() - began
 

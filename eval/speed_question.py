@@ -20,6 +20,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from alaya_hf import AlayaCache
 from alaya_hf.attention import alaya_attention, alaya_mask
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.decode_graph import DecodeGraphs
 from alaya_hf.errors import HostMemoryError
 from alaya_hf.kernels.attention import exact_attention
@@ -225,7 +226,7 @@ def alaya_rows(
         ids = torch.randint(1, model.config.vocab_size, (1, new), device=keys.device)
 
         def run(ids: Tensor = ids) -> Tensor:
-            return model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits
+            return model(input_ids=ids, **cache_argument(cache), logits_to_keep=1).logits
 
         def undo(new: int = new) -> None:
             cache.crop(-new)

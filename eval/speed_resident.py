@@ -15,6 +15,8 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import AttentionInterface
 
+from alaya_hf.cache_argument import cache_argument
+
 NAME = "resident_speed"
 
 
@@ -84,7 +86,7 @@ def stepping(model: Any, cache: Resident, batch: int) -> Iterator[None]:
 
     def step() -> Tensor:
         return own(
-            input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+            input_ids=ids, position_ids=positions, **cache_argument(cache), use_cache=True, logits_to_keep=1
         ).logits
 
     graph, logits = None, None
@@ -110,7 +112,7 @@ def stepping(model: Any, cache: Resident, batch: int) -> Iterator[None]:
             graph.replay()
             out = logits.clone()
         cache.tokens += 1
-        return CausalLMOutputWithPast(logits=out, past_key_values=cache)
+        return CausalLMOutputWithPast(logits=out, **cache_argument(cache))
 
     model.forward = call
     try:

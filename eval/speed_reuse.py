@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from alaya_hf import AlayaConfig, AlayaDB
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import StoreError
 from alaya_hf.index import Flat
 from alaya_hf.registry import INDEXES, QUERIES
@@ -79,7 +80,7 @@ def _timed(device: str, work: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def _question(model: Any, cache: Any, ids: Tensor) -> int:
-    return int(model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[0, -1].argmax())
+    return int(model(input_ids=ids, **cache_argument(cache), logits_to_keep=1).logits[0, -1].argmax())
 
 
 def _drop_pages(folder: Path) -> None:
@@ -122,7 +123,7 @@ def _load_all(model: Any, folder: Path, device: str) -> DynamicCache:
 def _context(model: Any, ids: Tensor, tokens: int) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of ``tokens`` tokens on the host: those of a prefill, repeated where that is shorter."""
     cache = DynamicCache(config=model.config)
-    model.model(input_ids=ids, past_key_values=cache)
+    model.model(input_ids=ids, **cache_argument(cache))
     repeats = math.ceil(tokens / ids.shape[1])
     kv = []
     for layer in cache.layers:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from alaya_hf import AlayaConfig, AlayaDB, Session
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import AlayaError
 from alaya_hf.storage.db import registered
 from alaya_hf.storage.memory import available_host_memory
@@ -66,7 +67,7 @@ class _Bench:
 
     def ask(self, cache: Any) -> Tensor:
         """Logits ``[vocabulary]`` after the question, on the host: the first token is there."""
-        out = self.model(input_ids=self.question, past_key_values=cache, logits_to_keep=1)
+        out = self.model(input_ids=self.question, **cache_argument(cache), logits_to_keep=1)
         return out.logits[0, -1].float().cpu()
 
     def tidy(self) -> None:
@@ -242,7 +243,7 @@ def check(bench: _Bench, folder: Path, prompt: Tensor, keys: Tensor, values: Ten
         tokens.append((int(logits.argmax()), int(wanted.argmax())))
         next_token = torch.tensor([[tokens[-1][1]]], device=bench.device)
         logits, wanted = (
-            bench.model(input_ids=next_token, past_key_values=cache).logits[0, -1].float().cpu()
+            bench.model(input_ids=next_token, **cache_argument(cache)).logits[0, -1].float().cpu()
             for cache in (session, memory)
         )
     agree = sum(a == b for a, b in tokens)
@@ -344,7 +345,7 @@ def _one_context(bench: _Bench, folder: Path, ids: Tensor, prompt: Tensor, keys:
 def _recompute(bench: _Bench, ids: Tensor) -> dict[str, float]:
     cache = DynamicCache(config=bench.model.config)
     whole = torch.cat([ids.to(bench.device), bench.question], dim=1)
-    bench.model(input_ids=whole, past_key_values=cache, logits_to_keep=1).logits[0, -1].cpu()
+    bench.model(input_ids=whole, **cache_argument(cache), logits_to_keep=1).logits[0, -1].cpu()
     return {}
 
 

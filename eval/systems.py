@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 
 from alaya_hf import AlayaCache, AlayaConfig, TopK
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import ConfigError
 from alaya_hf.index import Coarse
 
@@ -197,9 +198,9 @@ class Context:
             for start in range(0, ids.shape[1], chunk):
                 piece = ids[:, start : start + chunk]
                 if taken is None:
-                    model.model(input_ids=piece, past_key_values=self.base)
+                    model.model(input_ids=piece, **cache_argument(self.base))
                 else:
-                    prefill_model.model(input_ids=piece.to(prefill_model.device), past_key_values=taken)
+                    prefill_model.model(input_ids=piece.to(prefill_model.device), **cache_argument(taken))
         if taken is not None:
             self.base = AlayaCache.from_cache(taken, settings, device=model.device, config=model.config)
 

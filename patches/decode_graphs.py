@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from alaya_hf.cache_argument import CACHE_ARGUMENT, renamed
 from alaya_hf.patches.base import Patch
 
 
@@ -21,7 +22,8 @@ class DecodeGraphsPatch(Patch):
         original = self._own or nn.Module.__call__
 
         def call(model: Any, *args: Any, **kwargs: Any) -> Any:
-            cache = kwargs.get("past_key_values")
+            kwargs = renamed(kwargs, "graphs")
+            cache = kwargs.get(CACHE_ARGUMENT)
             graphs = getattr(cache, "graphs", None)
             if graphs is None or args:
                 return original(model, *args, **kwargs)

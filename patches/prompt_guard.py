@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers.generation import GenerationMixin
 
+from alaya_hf.cache_argument import CACHE_ARGUMENT, renamed
 from alaya_hf.patches.base import Patch
 
 
@@ -22,19 +23,16 @@ class PromptGuard(Patch):
 
         @functools.wraps(original)
         def prepare(
-            model: Any,
-            input_ids: Any,
-            next_sequence_length: int | None = None,
-            past_key_values: Any = None,
-            *args: Any,
-            **kwargs: Any,
+            model: Any, input_ids: Any, next_sequence_length: int | None = None, *args: Any, **kwargs: Any
         ) -> Any:
-            expect = getattr(past_key_values, "expect", None)
+            kwargs = renamed(kwargs, "expect")
+            cache = args[0] if args else kwargs.get(CACHE_ARGUMENT)
+            expect = getattr(cache, "expect", None)
             embedded = kwargs.get("inputs_embeds") is not None
             if expect is not None and not embedded:
-                past_key_values.bind(model.config)
+                cache.bind(model.config)
                 expect(input_ids, next_sequence_length, bool(kwargs.get("is_first_iteration", False)))
-            return original(model, input_ids, next_sequence_length, past_key_values, *args, **kwargs)
+            return original(model, input_ids, next_sequence_length, *args, **kwargs)
 
         GenerationMixin.prepare_inputs_for_generation = prepare  # type: ignore[method-assign]
 

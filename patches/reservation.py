@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 from transformers.generation import GenerationMixin
 
+from alaya_hf.cache_argument import CACHE_ARGUMENT, renamed
 from alaya_hf.patches.base import Patch
 
 
@@ -23,7 +24,8 @@ class Reservation(Patch):
 
         @functools.wraps(original)
         def generate(model: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-            reserve = getattr(kwargs.get("past_key_values"), "reserve", None)
+            kwargs = renamed(kwargs, "reserve")
+            reserve = getattr(kwargs.get(CACHE_ARGUMENT), "reserve", None)
             ids = kwargs.get("input_ids") if inputs is None else inputs
             if callable(reserve) and isinstance(ids, Tensor) and ids.dim() == 2:
                 reserve(ids.shape[1])

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alaya_hf import AlayaCache, AlayaConfig
+from alaya_hf.cache_argument import cache_argument
 
 
 def main(folder: str, ranks: int) -> None:
@@ -31,7 +32,7 @@ def main(folder: str, ranks: int) -> None:
     engine = {"engine": "device", "cuda_graphs": "none"} if cuda else {}
     cache = AlayaCache(AlayaConfig(window=(4, 20), min_context=0, **engine))
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=8, do_sample=False
+        ids, attention_mask=torch.ones_like(ids), **cache_argument(cache), max_new_tokens=8, do_sample=False
     )
     if int(os.environ.get("RANK", 0)) == 0:
         print(

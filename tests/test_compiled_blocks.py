@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.modeling_utils import AttentionInterface
 
 from alaya_hf import AlayaCache, AlayaConfig
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.compiled_blocks import compiled_blocks
 
 
@@ -28,13 +29,13 @@ def test_equal_and_restored(implementation: str) -> None:
     cache = AlayaCache(settings)
     functions, update = dict(AttentionInterface._global_mapping), AlayaCache.update
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **cache_argument(cache))
         twin = copy.deepcopy(cache)
         for token in range(5, 8):
             step = {"input_ids": torch.tensor([[token]]), "position_ids": torch.tensor([[cache.get_seq_length()]])}
             with compiled_blocks(model, AlayaCache, backend="eager"):
-                found = model(**step, past_key_values=cache).logits
-            wanted = model(**step, past_key_values=twin).logits
+                found = model(**step, **cache_argument(cache)).logits
+            wanted = model(**step, **cache_argument(twin)).logits
             torch.testing.assert_close(found, wanted)
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] >= 3, "nothing was compiled"
@@ -56,13 +57,13 @@ def test_unknown_blocks_and_other_threads() -> None:
     ids = torch.randint(0, 64, (1, 40))
     cache, update = AlayaCache(AlayaConfig(window=(4, 16), min_context=0)), AlayaCache.update
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **cache_argument(cache))
         with compiled_blocks(model, AlayaCache, backend="eager"):
-            model(input_ids=ids[:, :1], past_key_values=cache)
+            model(input_ids=ids[:, :1], **cache_argument(cache))
         assert [layer.get_seq_length() for layer in cache.layers] == [41] * 3
         held = AlayaCache(AlayaConfig(window=(4, 16), min_context=0))
         with compiled_blocks(third, AlayaCache, backend="eager"):
-            thread = threading.Thread(target=lambda: other(input_ids=ids, past_key_values=held))
+            thread = threading.Thread(target=lambda: other(input_ids=ids, **cache_argument(held)))
             thread.start()
             thread.join()
     assert [layer.get_seq_length() for layer in held.layers] == [40] * 3

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import DynamicCache
 
 from alaya_hf import DIPR, AlayaConfig, AlayaDB, Coarse, Flat, Full, Graph, Quantized, Session, Sign, TopK
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import (
     ContextExistsError,
     CorruptStoreError,
@@ -67,7 +68,7 @@ def run(model: Any, cache: Any, ids: torch.Tensor, new: int = 8) -> tuple[torch.
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **cache_argument(cache),
         max_new_tokens=new,
         do_sample=False,
         output_logits=True,
@@ -88,7 +89,7 @@ def dense(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     """Keys and values of a plain forward pass."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
     return [torch.stack([layer.keys, layer.values]) for layer in cache.layers]
 
 
@@ -225,7 +226,7 @@ class TestInPlace:
             (segment,) = session.layers[0].store.segments
             assert segment.file._verified.sum() <= 8
             with torch.no_grad():
-                model(prompt(1), past_key_values=session)
+                model(prompt(1), **cache_argument(session))
             data = 2 * 20_000 * 2 * 16 * 4 // 4096
             assert 0 < segment.file._verified[:data].sum() < 0.1 * data
 
@@ -237,7 +238,7 @@ class TestInPlace:
             session, _ = db.create_session(torch.cat([ids, prompt(1)], dim=1))
             monkeypatch.setattr("alaya_hf.index.roargraph.RoarGraph.build", None)
             with torch.no_grad():
-                model(prompt(1), past_key_values=session)
+                model(prompt(1), **cache_argument(session))
 
     def test_buffer_budget(self, open_db, model):
         ids = prompt(30_000)
@@ -327,7 +328,7 @@ class TestStore:
         ids = prompt(300)
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **cache_argument(cache))
         with open_db() as db:
             row = db.import_context(ids[0].tolist(), cache, name="imported")
             session, _ = db.create_session(context="imported")
@@ -351,7 +352,7 @@ class TestStore:
             with pytest.raises(StoreError, match="no tokens"):
                 db.store(session)
             with torch.no_grad():
-                model(prompt(30), past_key_values=session)
+                model(prompt(30), **cache_argument(session))
             with pytest.raises(StoreError, match="note_tokens"):
                 db.store(session)
             session.note_tokens(prompt(30))

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from alaya_hf import AlayaDB, Session
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import ContextExistsError, CorruptStoreError, FingerprintError, StoreError, UnsupportedModelError
 from alaya_hf.storage.db.catalog import Catalog, Chain, NewSegment
 from alaya_hf.storage.db.fingerprint import fingerprint
@@ -43,7 +44,7 @@ class TestFingerprint:
             session, _ = db.create_session(ids)
             session = {"created": session, "forked": session.fork(FULL), "deepcopied": copy.deepcopy(session)}[made]
             with torch.no_grad():
-                model(ids, past_key_values=session)
+                model(ids, **cache_argument(session))
             session.note_tokens(ids)
             session.crop(-1)
             with pytest.raises(FingerprintError, match="weights"):
@@ -54,7 +55,7 @@ class TestFingerprint:
     def test_a_session_made_elsewhere_takes_the_databases(self, model, open_db):
         session = Session(FULL, config=model.config)
         with torch.no_grad():
-            model(prompt(40), past_key_values=session)
+            model(prompt(40), **cache_argument(session))
         session.note_tokens(prompt(40))
         with open_db() as db:
             db.store(session)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alaya_hf import AlayaCache, AlayaConfig, decode_graph
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.decode_graph import DecodeGraphs
 from alaya_hf.engine.device.shared import Counters
 from alaya_hf.layer import AlayaLayer
@@ -33,7 +34,7 @@ class _Graph:
 
     def __init__(self, model: Any, forward: Any, inputs: Any, cache: Any, blocks: Any) -> None:
         with blocks:
-            self.call = lambda given: forward(model, **inputs.fixed, **given, past_key_values=cache)
+            self.call = lambda given: forward(model, **inputs.fixed, **given, **cache_argument(cache))
         self.key, self.layers, self.stamp = inputs.key(model), cache.layers, decode_graph._stamp(model)
         self.held = [layer.tokens.buffers for layer in cache.layers]
 
@@ -71,7 +72,7 @@ def _filled(model: Any, mode: str) -> AlayaCache:
     cache = AlayaCache(AlayaConfig(min_context=0), config=model.config)
     cache.graphs = DecodeGraphs(mode)
     with torch.no_grad():
-        model(input_ids=torch.arange(1, 21)[None], past_key_values=cache)
+        model(input_ids=torch.arange(1, 21)[None], **cache_argument(cache))
     for layer in cache.layers:
         layer.tokens = _Tokens(layer)
     return cache
@@ -87,7 +88,7 @@ def test_steps(model: Any, mode: str, before: int, monkeypatch: pytest.MonkeyPat
 
     def step() -> None:
         with torch.no_grad():
-            model(input_ids=torch.tensor([[3]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[3]]), **cache_argument(cache))
         steps.append(graphs.captures + graphs.replays)
 
     for _ in range(5):
@@ -115,7 +116,7 @@ def test_passes_of_several_tokens_have_a_graph_of_their_own(model: Any) -> None:
         found = []
         with torch.no_grad():
             for ids in ([3, 4], [5], [6, 7], [8], [9, 10], [11], [12, 13, 14], [15], [16, 17], [18, 19]):
-                found.append(model(input_ids=torch.tensor([ids]), past_key_values=cache).logits[0])
+                found.append(model(input_ids=torch.tensor([ids]), **cache_argument(cache)).logits[0])
         outs.append(torch.cat(found))
     torch.testing.assert_close(*outs)
     graphs = caches[0].graphs
@@ -132,7 +133,7 @@ def test_a_replay_is_the_step(model: Any) -> None:
     with torch.no_grad():
         for cache in caches:
             outs.append(
-                torch.cat([model(input_ids=torch.tensor([[t]]), past_key_values=cache).logits for t in range(5, 12)])
+                torch.cat([model(input_ids=torch.tensor([[t]]), **cache_argument(cache)).logits for t in range(5, 12)])
             )
     assert caches[0].graphs is not None and caches[0].graphs.replays >= 4
     torch.testing.assert_close(outs[0], outs[1])
@@ -144,8 +145,8 @@ def test_what_a_graph_cannot_stand_in_for(model: Any) -> None:
     assert cache.graphs is not None
     with torch.no_grad():
         for _ in range(4):
-            model(input_ids=torch.full((1, 65), 3), past_key_values=cache)
-            model(input_ids=torch.tensor([[3]]), past_key_values=cache, output_hidden_states=True)
+            model(input_ids=torch.full((1, 65), 3), **cache_argument(cache))
+            model(input_ids=torch.tensor([[3]]), **cache_argument(cache), output_hidden_states=True)
     assert cache.graphs.captures == 0
 
 
@@ -158,7 +159,7 @@ def test_other_weights_and_hooks(model: Any) -> None:
     def steps(count: int) -> None:
         with torch.no_grad():
             for _ in range(count):
-                model(input_ids=torch.tensor([[3]]), past_key_values=cache)
+                model(input_ids=torch.tensor([[3]]), **cache_argument(cache))
 
     steps(3)
     assert cache.graphs.captures == 1

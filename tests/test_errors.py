@@ -19,6 +19,7 @@ from transformers import (
 
 import alaya_hf.storage.memory
 from alaya_hf import DIPR, AlayaCache, AlayaConfig, AlayaError, AlayaLayer, Full, TopK, WindowConfig
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import (
     BatchSizeError,
     ConfigError,
@@ -50,7 +51,7 @@ def says(error: BaseException, *words: str) -> None:
 
 def forward(model: Any, cache: Any, ids: torch.Tensor, **kwargs: Any) -> torch.Tensor:
     with torch.no_grad():
-        return model(ids, past_key_values=cache, use_cache=True, **kwargs).logits
+        return model(ids, **cache_argument(cache), use_cache=True, **kwargs).logits
 
 
 def still_works(model: Any, cache: Any, held: torch.Tensor) -> None:
@@ -303,7 +304,7 @@ class TestAttention:
     def test_training(self) -> None:
         model = build("llama", "alaya").train()
         with pytest.raises(UnsupportedModelError) as caught:
-            model(prompt(30), past_key_values=AlayaCache(SETTINGS), use_cache=True)
+            model(prompt(30), **cache_argument(AlayaCache(SETTINGS)), use_cache=True)
         says(caught.value, "training", "eval()")
 
     def test_dropout(self) -> None:
@@ -322,7 +323,7 @@ class TestModels:
         says(caught.value, "rotary", "GPT2Config", "DynamicCache")
         model = AutoModelForCausalLM.from_config(config).eval()
         with pytest.raises(UnsupportedModelError, match="rotary"):
-            model.generate(prompt(20), past_key_values=AlayaCache(SETTINGS), max_new_tokens=3, pad_token_id=0)
+            model.generate(prompt(20), **cache_argument(AlayaCache(SETTINGS)), max_new_tokens=3, pad_token_id=0)
         with pytest.raises(UnsupportedModelError, match="rotary"):
             forward(model, AlayaCache(SETTINGS), prompt(20))
 
@@ -360,7 +361,7 @@ class TestModels:
         says(caught.value, "encoder-decoder", "T5Config", "EncoderDecoderCache")
         model = T5ForConditionalGeneration(config).eval()
         with pytest.raises(ValueError):
-            model.generate(prompt(20), past_key_values=AlayaCache(SETTINGS), max_new_tokens=3)
+            model.generate(prompt(20), **cache_argument(AlayaCache(SETTINGS)), max_new_tokens=3)
 
     def test_heads_that_do_not_divide(self) -> None:
         layer = AlayaLayer(SETTINGS)

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from alaya_hf import AlayaCache, AlayaConfig, Full
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.kernels.attention import exact_attention
 from alaya_hf.kernels.exact.plain import Plain
 
@@ -35,9 +36,9 @@ def test_full_query_equals_dense(model, implementation, options):
     mask = torch.ones_like(ids)
     mask[0, :77] = 0
     call = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, **options}
-    dense = model.generate(ids, past_key_values=DynamicCache(), **call)
+    dense = model.generate(ids, **cache_argument(DynamicCache()), **call)
     settings = AlayaConfig(query=Full(), window=(16, 64), min_context=0)
-    assert torch.equal(model.generate(ids, past_key_values=AlayaCache(settings), **call), dense)
+    assert torch.equal(model.generate(ids, **cache_argument(AlayaCache(settings)), **call), dense)
 
 
 @pytest.mark.parametrize("preset", AlayaConfig.presets())
@@ -45,10 +46,10 @@ def test_presets_decode_and_copies_agree(model, preset):
     settings = AlayaConfig.preset(preset).replace(window=(16, 64), min_context=0)
     ids = torch.randint(1, 256, (1, 600), device="cuda")
     cache = AlayaCache(settings)
-    model(input_ids=ids[:, :-1], past_key_values=cache)
+    model(input_ids=ids[:, :-1], **cache_argument(cache))
     fork = copy.deepcopy(cache)
-    first = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False)
-    again = model.generate(ids, past_key_values=fork, max_new_tokens=8, do_sample=False)
+    first = model.generate(ids, **cache_argument(cache), max_new_tokens=8, do_sample=False)
+    again = model.generate(ids, **cache_argument(fork), max_new_tokens=8, do_sample=False)
     assert torch.equal(first, again)
     assert cache.layers[0].window.view()[0].is_cuda
     assert not cache.layers[0].store.segments[0].kv.is_cuda

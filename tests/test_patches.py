@@ -12,6 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_utils import AttentionInterface
 
 from alaya_hf import AlayaCache
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import IgnoredCacheError
 from alaya_hf.patches import Patch, enable_once, prompt_guard, reservation, routing
 from tests.contract.caches import EXACT
@@ -101,7 +102,7 @@ def test_without_routing_an_sdpa_model_is_refused(off: Any, model: Any) -> None:
         for patch in patches_on:
             patch.enable()
         with pytest.raises(IgnoredCacheError, match='set_attn_implementation\\("alaya"\\)'):
-            model.generate(prompt(30), past_key_values=AlayaCache(EXACT["full"]), max_new_tokens=3)
+            model.generate(prompt(30), **cache_argument(AlayaCache(EXACT["full"])), max_new_tokens=3)
 
 
 def test_without_routing_alaya_needs_no_patch(
@@ -110,15 +111,15 @@ def test_without_routing_alaya_needs_no_patch(
 ) -> None:
     own = build("llama", "alaya")
     kwargs: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False}
-    actual = own.generate(prompt(30), past_key_values=AlayaCache(EXACT["full"]), **kwargs)
-    expected = model.generate(prompt(30), past_key_values=DynamicCache(config=model.config), **kwargs)
+    actual = own.generate(prompt(30), **cache_argument(AlayaCache(EXACT["full"])), **kwargs)
+    expected = model.generate(prompt(30), **cache_argument(DynamicCache(config=model.config)), **kwargs)
     assert actual.tolist() == expected.tolist()
 
 
 def test_routing_leaves_other_caches_alone(off: Any, model: Any) -> None:
     ids = prompt(30)
     with torch.no_grad():
-        before = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+        before = model(ids, **cache_argument(DynamicCache(config=model.config))).logits
         with routing, prompt_guard:
-            after = model(ids, past_key_values=DynamicCache(config=model.config)).logits
+            after = model(ids, **cache_argument(DynamicCache(config=model.config))).logits
     assert torch.equal(before, after)

@@ -23,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import ConfigError
 from eval.legal.items import Item, Output, Task
 from eval.peers import kvpress
@@ -86,7 +87,9 @@ def dense_likelihood(model: Any, prompt: list[int], continuation: list[int]) -> 
 
 
 def dense_answer(model: Any, tokenizer: Any, prompt: list[int], tokens: int) -> str:
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, past_key_values=DynamicCache())
+    out = model.generate(
+        torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, **cache_argument(DynamicCache())
+    )
     return tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alaya_hf import DIPR, AlayaCache, AlayaConfig, Recovery
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import BudgetError, CalibrationError, ConfigError, ConflictError
 from alaya_hf.planner import ModelShape, Planner
 from alaya_hf.planner.calibration import Calibration, Line, load_calibration
@@ -95,9 +96,9 @@ def test_caches_keep_their_budget(budget: int, tokens: int) -> None:
     ids = torch.randint(3, model.config.vocab_size, (2, tokens), generator=generator)
     try:
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, **cache_argument(cache))
             for step in range(20):
-                model(input_ids=ids[:, step : step + 1], past_key_values=cache)
+                model(input_ids=ids[:, step : step + 1], **cache_argument(cache))
                 assert cache.stats()["device_bytes"] <= budget
     except BudgetError:
         assert cache.get_seq_length() == 0
@@ -110,12 +111,12 @@ def test_rows_that_do_not_fit_are_refused_before_they_come() -> None:
     need = AlayaCache.for_model(model, AlayaConfig(gpu_memory="1GiB", window=(4, 16), min_context=0))
     ids = torch.randint(3, 60, (1, 100))
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=need)
+        model(input_ids=ids, **cache_argument(need))
     assert need.keeper is not None and need.keeper.plan is not None
     budget = need.keeper.plan.device_bytes
     cache = AlayaCache.for_model(model, AlayaConfig(gpu_memory=budget, window=(4, 16), min_context=0))
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **cache_argument(cache))
     with pytest.raises(BudgetError, match="3 x 100 tokens"):
         cache.batch_repeat_interleave(3)
     assert len(cache.layers[0].token_counts()) == 1
@@ -150,9 +151,9 @@ def test_an_slo_that_nothing_keeps_is_warned_about_once() -> None:
     cache = AlayaCache.for_model(model, AlayaConfig(slo="1us", window=(4, 16), min_context=0))
     with warnings.catch_warnings(record=True) as caught, torch.no_grad():
         warnings.simplefilter("always")
-        model(input_ids=torch.randint(3, 60, (1, 100)), past_key_values=cache)
+        model(input_ids=torch.randint(3, 60, (1, 100)), **cache_argument(cache))
         for _ in range(2 * REVIEW + 2):
-            model(input_ids=torch.tensor([[5]]), past_key_values=cache)
+            model(input_ids=torch.tensor([[5]]), **cache_argument(cache))
     said = [str(w.message) for w in caught if "slo=" in str(w.message)]
     assert len(said) == 1 and "cannot be kept" in said[0] and "best plan takes about" in said[0]
 
@@ -197,7 +198,7 @@ def test_without_a_target_nothing_is_planned() -> None:
     model = tiny_model()
     cache = AlayaCache.for_model(model, AlayaConfig(query="topk"))
     with torch.no_grad():
-        model(input_ids=torch.randint(3, 60, (1, 30)), past_key_values=cache)
+        model(input_ids=torch.randint(3, 60, (1, 30)), **cache_argument(cache))
     assert cache.keeper is None and all(layer.config == cache.settings for layer in cache.alaya_layers)
 
 
@@ -267,9 +268,9 @@ def run(config: AlayaConfig, tokens: int = 600, steps: int = 24, **kwargs: Any) 
     cache = AlayaCache.for_model(model, config, **kwargs)
     ids = torch.randint(3, model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache)
+        model(input_ids=ids, **cache_argument(cache))
         for step in range(steps):
-            model(input_ids=ids[:, step : step + 1], past_key_values=cache)
+            model(input_ids=ids[:, step : step + 1], **cache_argument(cache))
     return cache
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alaya_hf import AlayaCache, AlayaConfig, progress
+from alaya_hf.cache_argument import cache_argument
 
 SETTINGS = AlayaConfig(query="full", window=(16, 64), min_context=0)
 
@@ -53,7 +54,7 @@ def model():
 def test_one_bar_over_a_prompt_and_none_over_its_answer(bars, model, chunk):
     ids = torch.randint(1, 64, (2, 210))
     cache = AlayaCache(SETTINGS, progress=True)
-    model.generate(ids, past_key_values=cache, max_new_tokens=5, prefill_chunk_size=chunk)
+    model.generate(ids, **cache_argument(cache), max_new_tokens=5, prefill_chunk_size=chunk)
     (bar,) = bars
     assert bar.total == bar.shown[-1] == 210 and bar.closed
     assert len(bar.shown) == 1 + 3 * -(-210 // (chunk or 210))  # moves with every layer
@@ -61,19 +62,19 @@ def test_one_bar_over_a_prompt_and_none_over_its_answer(bars, model, chunk):
 
 def test_nothing_without_being_asked_nor_over_short_prompts(bars, model):
     ids = torch.randint(1, 64, (1, 210))
-    model.generate(ids, past_key_values=AlayaCache(SETTINGS), max_new_tokens=2)
-    model.generate(ids[:, :90], past_key_values=AlayaCache(SETTINGS, progress=True), max_new_tokens=20)
+    model.generate(ids, **cache_argument(AlayaCache(SETTINGS)), max_new_tokens=2)
+    model.generate(ids[:, :90], **cache_argument(AlayaCache(SETTINGS, progress=True)), max_new_tokens=20)
     assert not bars
 
 
 def test_a_second_prompt_counts_what_is_new(bars, model):
     ids = torch.randint(1, 64, (1, 400))
     cache = AlayaCache(SETTINGS, progress=True)
-    out = model.generate(ids[:, :150], past_key_values=cache, max_new_tokens=4, prefill_chunk_size=70)
+    out = model.generate(ids[:, :150], **cache_argument(cache), max_new_tokens=4, prefill_chunk_size=70)
     copies = [copy.deepcopy(cache), cache.fork()]
     held = cache.get_seq_length()
     for each in (cache, *copies):
-        model.generate(torch.cat([out, ids], dim=1), past_key_values=each, max_new_tokens=2, prefill_chunk_size=70)
+        model.generate(torch.cat([out, ids], dim=1), **cache_argument(each), max_new_tokens=2, prefill_chunk_size=70)
     assert [bar.total for bar in bars] == [150] + [out.shape[1] + 400 - held] * 3
     assert all(bar.closed and bar.shown[-1] == bar.total for bar in bars)
 
@@ -83,7 +84,7 @@ def test_a_prompt_that_was_given_up(bars, model):
     cache = AlayaCache(SETTINGS, progress=True)
     cache.reserve(210)
     with torch.no_grad():
-        model(ids[:, :100], past_key_values=cache)
+        model(ids[:, :100], **cache_argument(cache))
     cache.reset()
-    model.generate(ids, past_key_values=cache, max_new_tokens=2)
+    model.generate(ids, **cache_argument(cache), max_new_tokens=2)
     assert bars[0].closed and bars[0].shown[-1] == 100 and bars[1].shown[-1] == 210

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alaya_hf import AlayaCache, AlayaConfig
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import ConfigError, UnsupportedModelError
 from alaya_hf.patches import extend_rope
 
@@ -67,7 +68,7 @@ def test_with_a_cache_beyond_the_trained_length():
     model = _model()
     with extend_rope(model, FACTOR):
         outs = [
-            model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=6, do_sample=False)
+            model.generate(ids, attention_mask=torch.ones_like(ids), **cache_argument(cache), max_new_tokens=6, do_sample=False)
             for cache in (AlayaCache(AlayaConfig(query="full", index="flat", window=(4, 20), min_context=0)), None)
         ]  # fmt: skip
     assert torch.equal(*outs)

@@ -14,6 +14,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 pytest.importorskip("datasets", reason="the evaluation needs the extra 'eval'")
 
 from alaya_hf import AlayaCache, AlayaConfig, TopK
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import ConfigError, UnsupportedModelError
 from eval.ablate import settings_of, write_tidy
 from eval.legal import Item, Task
@@ -113,10 +114,10 @@ def test_verified_answer_is_the_greedy_answer(model, tokenizer, name):
 
         cache = system.cache(context)
         with torch.no_grad():
-            model(input_ids=torch.tensor([head]), past_key_values=cache)
+            model(input_ids=torch.tensor([head]), **cache_argument(cache))
             token, expected = last, []
             while not decoder.finished(expected):
-                logits = model(input_ids=torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+                logits = model(input_ids=torch.tensor([[token]]), **cache_argument(cache)).logits[0, -1]
                 token = int(logits.argmax())
                 expected.append(token)
         assert answer.output.text == decoder.text(expected)
@@ -134,7 +135,7 @@ def test_reference_is_dense_generation(model, tokenizer):
     full.read(head)
     decoder = Decoder(tokenizer, TASK)
     found = draft(full, decoder, item, last).scored[0]
-    expected = model.generate(ids, past_key_values=DynamicCache(), max_new_tokens=9, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids, **cache_argument(DynamicCache()), max_new_tokens=9, do_sample=False, pad_token_id=0)
     assert found.ids == expected[0, ids.shape[1] :].tolist()[: len(found.ids)]
 
 

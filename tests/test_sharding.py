@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from alaya_hf import AlayaCache, AlayaConfig
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import ConfigError, UnsupportedModelError
 from alaya_hf.footprint import layer_footprints, working_bytes
 from alaya_hf.sharding import DeviceMemoryError, device_map, memory_plan
@@ -45,8 +46,8 @@ def test_case_a_filled_cache_takes_what_was_planned(changes):
     cache = AlayaCache(settings, config=model.config)
     ids = cases.prompt(model, tokens, rows=batch)
     with torch.no_grad():
-        model(ids[:, :-1], past_key_values=cache)
-        model(ids[:, -1:], past_key_values=cache)
+        model(ids[:, :-1], **cache_argument(cache))
+        model(ids[:, -1:], **cache_argument(cache))
     for layer, footprint in zip(cache.alaya_layers, planned, strict=True):
         assert layer.window_bytes + layer.lowbit_bytes + layer.index_bytes + layer.hot_bytes == footprint.device
         assert layer.tokens.store.numel() * layer.tokens.store.element_size() <= footprint.host

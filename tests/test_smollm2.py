@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache
 
 from alaya_hf import AlayaCache, AlayaConfig, AlayaError
+from alaya_hf.cache_argument import cache_argument
 
 TOKENS = 2600
 NEW = 6
@@ -44,7 +45,7 @@ def test_answers_of_full_attention() -> None:
     cache, dense = AlayaCache(settings), DynamicCache(config=model.config)
     with torch.no_grad():
         for held in (cache, dense):
-            model(ids, past_key_values=held, logits_to_keep=1)
+            model(ids, **cache_argument(held), logits_to_keep=1)
     stats = cache.stats()
     assert stats["offloaded_bytes"] / stats["total_bytes"] == pytest.approx(1 - 320 / ids.shape[1])
     # Passages far outside the window; copying on is what a small model does well.
@@ -56,7 +57,7 @@ def test_answers_of_full_attention() -> None:
             model.generate(
                 question,
                 attention_mask=torch.ones_like(question),
-                past_key_values=copy.deepcopy(held),
+                **cache_argument(copy.deepcopy(held)),
                 max_new_tokens=NEW,
                 do_sample=False,
             )[0, question.shape[1] :].tolist()

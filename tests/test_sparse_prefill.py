@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from alaya_hf import AlayaCache, AlayaConfig, AlayaLayer
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.engine.prefill import BLASST, BSFA, Exact, Retrieval
 from alaya_hf.engine.prefill.thresholds import Thresholds, load_thresholds, model_shape
 from alaya_hf.errors import ConfigError, UnsupportedModelError
@@ -181,12 +182,12 @@ def test_a_model_with_nothing_skipped(model):
     model.set_attn_implementation("alaya")
     with torch.no_grad():
         dense = model.generate(
-            ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config), max_new_tokens=4
+            ids, attention_mask=mask, **cache_argument(DynamicCache(config=model.config)), max_new_tokens=4
         )
         for prefill in ({"kind": "blasst", "scale": 0}, {"kind": "retrieval", "tokens": 512}):
             cache = AlayaCache(AlayaConfig(prefill=prefill, query="full", window=(16, 64), min_context=0))
             found = model.generate(
-                ids, attention_mask=mask, past_key_values=cache, max_new_tokens=4, prefill_chunk_size=128
+                ids, attention_mask=mask, **cache_argument(cache), max_new_tokens=4, prefill_chunk_size=128
             )
             assert torch.equal(found, dense)
 
@@ -210,7 +211,7 @@ def test_calibration(model, tmp_path):
     model.set_attn_implementation("alaya")
     cache = AlayaCache(AlayaConfig(prefill={"kind": "bsfa", "thresholds": str(path)}), config=model.config, probe=True)
     with torch.no_grad():
-        model(ids[None], past_key_values=cache, logits_to_keep=1)
+        model(ids[None], **cache_argument(cache), logits_to_keep=1)
     # Layer 0 sees what calibration saw: of 0, 2, 4, 6 and 8 tiles, two are kept.
     assert cache.stats()["layers"][0]["skipped_tiles"] == pytest.approx((2 + 4 + 6) / 20)
     shorter = calibrate(model, [ids[:256].tolist()], [2], "tiny")[2]

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.config import AlayaConfig
 from alaya_hf.errors import ConfigError
 from alaya_hf.layer import AlayaLayer
@@ -172,7 +173,7 @@ def _eager_seconds(device: str, repeats: int) -> float:
 
     def step() -> None:
         with torch.no_grad():
-            model(input_ids=ids, past_key_values=cache)
+            model(input_ids=ids, **cache_argument(cache))
         if device != "cpu":
             torch.cuda.synchronize()
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.config import AlayaConfig
 from alaya_hf.db import AlayaDB
 from alaya_hf.errors import AlayaError, StoreError, UnknownContextError
@@ -106,7 +107,7 @@ def _put(db: AlayaDB, ids: Any, name: str | None) -> tuple[Any, Any]:
         moved(session.reused, ids.shape[1])
         for start in range(session.reused, ids.shape[1], CHUNK):
             part = ids[:, start : start + CHUNK].to(db.model.device)
-            db.model(input_ids=part, past_key_values=session, logits_to_keep=1)
+            db.model(input_ids=part, **cache_argument(session), logits_to_keep=1)
             moved(start + part.shape[1], ids.shape[1])
     session.note_tokens(ids)
     with _bar("storing layers") as moved:
@@ -185,7 +186,7 @@ def ask(
                     network.generate(
                         prompt,
                         attention_mask=torch.ones_like(prompt),
-                        past_key_values=session,
+                        **cache_argument(session),
                         max_new_tokens=max_new_tokens,
                         do_sample=False,
                         streamer=streamer,

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
 from alaya_hf import AlayaCache, AlayaConfig
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.cli.documents import QUESTIONS, Question, licence_agreements, normalise
 from alaya_hf.cli.picture import save_picture
 from alaya_hf.cli.smollm2 import load_smollm2
@@ -297,7 +298,7 @@ class Demo:
         try:
             with torch.no_grad():
                 model.base_model(
-                    input_ids=torch.tensor([ids], device=model.device), past_key_values=cache, use_cache=True
+                    input_ids=torch.tensor([ids], device=model.device), **cache_argument(cache), use_cache=True
                 )
         finally:
             for hook in hooks:
@@ -323,7 +324,7 @@ class Demo:
         out = model.generate(
             input_ids=whole,
             attention_mask=torch.ones_like(whole),
-            past_key_values=cache,
+            **cache_argument(cache),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

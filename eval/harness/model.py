@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import alaya_hf
 from alaya_hf import AlayaCache, AlayaConfig
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import ConfigError
 from eval.harness.settings import PREFIX, settings_from
 from eval.models import load
@@ -125,7 +126,9 @@ class AlayaLM(HFLM):
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         """``hf``'s, with a fresh cache."""
-        return super()._model_generate(context, max_length, stop, past_key_values=self.new_cache(), **generation_kwargs)
+        return super()._model_generate(
+            context, max_length, stop, **cache_argument(self.new_cache()), **generation_kwargs
+        )
 
     # Likelihoods ------------------------------------------------------------------------------------------------------
 
@@ -140,7 +143,7 @@ class AlayaLM(HFLM):
             ),
         ):
             tokens = torch.tensor([ids], device=self.device)
-            logits = self.model(input_ids=tokens, past_key_values=cache, logits_to_keep=keep).logits[0]
+            logits = self.model(input_ids=tokens, **cache_argument(cache), logits_to_keep=keep).logits[0]
         return logits.log_softmax(dim=-1, dtype=self.softmax_dtype)
 
     def _split(self, request: Request) -> tuple[tuple[int, ...], list[int]]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import Cache, QuantizedCache
 
 from alaya_hf import AlayaCache
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.probes import Probe
 from eval.legal import Item, Output, Task
 
@@ -103,7 +104,7 @@ class Reader:
         logits = torch.empty(0)
         for start in range(0, len(ids), PASS):
             piece = torch.tensor([ids[start : start + PASS]], device=self.device)
-            logits = self.model(input_ids=piece, past_key_values=self.cache).logits[0]
+            logits = self.model(input_ids=piece, **cache_argument(self.cache)).logits[0]
         return logits
 
     def read(self, ids: list[int]) -> None:

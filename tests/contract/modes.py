@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import set_seed
 
+from alaya_hf.cache_argument import cache_argument
 from tests.contract.models import build, pad_left, prompt
 
 NewCache = Callable[[], Any]
@@ -27,7 +28,7 @@ def generate(model: Any, cache: Any, ids: Tensor, mask: Tensor | None = None, **
     """``[rows, n]`` tokens, prompt included; greedy and ``NEW`` new tokens unless told otherwise."""
     mask = torch.ones_like(ids) if mask is None else mask
     kwargs = {"max_new_tokens": NEW, "do_sample": False, **kwargs}
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **kwargs)
+    return model.generate(ids, attention_mask=mask, **cache_argument(cache), **kwargs)
 
 
 def padded(model: Any, cache: Any, extra: int = 0, rows: list[Tensor] | None = None, **kwargs: Any) -> Tensor:
@@ -128,7 +129,7 @@ def prefix_reuse(model: Any, new: NewCache) -> list[Tensor]:
     """One prefill, three questions, each on a copy; then one on the cache itself."""
     cache, prefix = new(), prompt(45, 5)
     with torch.no_grad():
-        model(prefix, past_key_values=cache, use_cache=True)
+        model(prefix, **cache_argument(cache), use_cache=True)
     questions = [torch.cat([prefix, prompt(length, 70 + length)], dim=1) for length in (2, 11, 20)]
     answers = [generate(model, copy.deepcopy(cache), ids) for ids in questions]
     return [*answers, generate(model, cache, questions[0])]

@@ -12,6 +12,7 @@ import transformers
 from packaging import version
 from torch import Tensor
 
+from alaya_hf.cache_argument import cache_argument
 from tests.contract.caches import EXACT, NEVER_OFFLOADS, SPARSE, make
 from tests.contract.models import CONFIGS, DENSE, VOCABULARY, build, prompt
 from tests.contract.modes import MODES, NEW, ROWS, generate, padded
@@ -120,7 +121,7 @@ class TestSparseConsistency:
         def fresh() -> Any:
             started = make(cache, model)
             with torch.no_grad():
-                model(prefix[None], past_key_values=started)
+                model(prefix[None], **cache_argument(started))
             return started
 
         shared = fresh()
@@ -138,13 +139,13 @@ class TestSparseConsistency:
         moved = make(cache, model)
         order = torch.tensor([2, 0, 1])
         with torch.no_grad():
-            logits = model(ids, past_key_values=moved).logits[:, -1]
+            logits = model(ids, **cache_argument(moved)).logits[:, -1]
             moved.batch_repeat_interleave(3)
             tokens = logits.argmax(-1).repeat(3)
             seen = [tokens]
             for _ in range(NEW - 1):
                 moved.reorder_cache(order)
-                tokens = model(tokens[:, None], past_key_values=moved).logits[:, -1].argmax(-1)
+                tokens = model(tokens[:, None], **cache_argument(moved)).logits[:, -1].argmax(-1)
                 seen.append(tokens)
         assert torch.stack(seen, dim=1).tolist() == expected.repeat(3, 1).tolist()
         assert moved.stats()["offloaded_bytes"] > 0

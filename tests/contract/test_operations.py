@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from alaya_hf import AlayaCache, AlayaConfig, AlayaLayer, Full
+from alaya_hf.cache_argument import cache_argument
 from tests.contract.caches import EXACT, NEVER_OFFLOADS, SMALL, SPARSE, make
 from tests.contract.models import CONFIGS, DENSE, pad_left, prompt
 from tests.contract.modes import ROWS, generate
@@ -21,7 +22,7 @@ CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 2e-4}
 
 def logits(model: Any, ids: Tensor, cache: Any, mask: Tensor | None = None) -> Tensor:
     with torch.no_grad():
-        return model(ids, past_key_values=cache, attention_mask=mask, use_cache=True).logits
+        return model(ids, **cache_argument(cache), attention_mask=mask, use_cache=True).logits
 
 
 def segments(cache: AlayaCache) -> list[int]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from alaya_hf import DIPR, AlayaCache, AlayaConfig, AlayaLayer, TopK
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.device_layer import DeviceLayer
 from alaya_hf.probes import Probe
 
@@ -37,12 +38,12 @@ def prompt(model: Any, length: int, seed: int = 0, rows: int = 1) -> Tensor:
 
 def generate(model: Any, cache: Any, ids: Tensor, new: int, **kwargs: Any) -> list[list[int]]:
     kwargs = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": new, **kwargs}
-    return model.generate(ids, past_key_values=cache, **kwargs)[:, ids.shape[1] :].tolist()
+    return model.generate(ids, **cache_argument(cache), **kwargs)[:, ids.shape[1] :].tolist()
 
 
 def logits(model: Any, cache: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(ids, past_key_values=cache).logits.float()
+        return model(ids, **cache_argument(cache)).logits.float()
 
 
 def lows(cache: AlayaCache) -> list[int]:
@@ -285,7 +286,7 @@ def check_short_passes(model: Any) -> None:
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, span]
         call = {"input_ids": ids[:, span], "attention_mask": mask[:, : span.stop], "position_ids": positions}
         with torch.no_grad():
-            mine, wanted = (model(**call, past_key_values=each).logits.float() for each in (cache, dense))
+            mine, wanted = (model(**call, **cache_argument(each)).logits.float() for each in (cache, dense))
         real = mask[:, span].bool()
         torch.testing.assert_close(mine[real], wanted[real], atol=0.05, rtol=0.05)
         probed.append(cache.layers[0].probe.steps[-1])
@@ -320,7 +321,7 @@ def check_captured_passes(model: Any) -> None:
         logits(model, cache, ids[:, :100])
         for start in range(100, 200, 10):
             with torch.no_grad():
-                found += [model(input_ids=ids[:, start : start + 10], past_key_values=cache).logits.float()]
+                found += [model(input_ids=ids[:, start : start + 10], **cache_argument(cache)).logits.float()]
             if start == 150:
                 found += [logits(model, cache, ids[:, 250:251])]
                 cache.crop(-21)

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.gpu
 pytest.importorskip("triton")
 
 from alaya_hf import AlayaCache, AlayaConfig, TopK  # noqa: E402
+from alaya_hf.cache_argument import CACHE_ARGUMENT, cache_argument  # noqa: E402
 from tests.gpu import layer_cases as cases  # noqa: E402
 
 
@@ -66,12 +67,12 @@ def test_outputs_are_not_overwritten(model):
     """Logits that a caller keeps stay what they were when the next step is replayed."""
     ids, cache = cases.prompt(model, 150), AlayaCache(cases.DEFAULT)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **cache_argument(cache))
         kept = []
         for token in range(1, 8):
-            out = model(input_ids=torch.tensor([[token]], device="cuda"), past_key_values=cache)
+            out = model(input_ids=torch.tensor([[token]], device="cuda"), **cache_argument(cache))
             kept.append((out.logits, out.logits.clone()))
-            assert out.past_key_values is cache
+            assert out[CACHE_ARGUMENT] is cache
     assert cache.stats()["replays"] >= 4
     assert all(torch.equal(logits, copy) for logits, copy in kept)
     assert not torch.equal(kept[-1][0], kept[-2][0])

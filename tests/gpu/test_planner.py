@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alaya_hf import AlayaCache, AlayaConfig
+from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import BudgetError
 from alaya_hf.planner import ModelShape, Planner
 
@@ -32,7 +33,7 @@ def test_the_budget_is_kept(mebibytes: int) -> None:
     cache = AlayaCache.for_model(model, AlayaConfig(gpu_memory=f"{mebibytes}MiB"))
     ids = torch.randint(1, 128, (1, 8000), device="cuda")
     try:
-        model.generate(input_ids=ids, past_key_values=cache, max_new_tokens=40, min_new_tokens=40, do_sample=False)
+        model.generate(input_ids=ids, **cache_argument(cache), max_new_tokens=40, min_new_tokens=40, do_sample=False)
     except BudgetError:
         assert mebibytes < 4
         return
@@ -43,7 +44,9 @@ def test_the_budget_is_kept(mebibytes: int) -> None:
 def test_plenty_of_memory_is_used_by_the_device_engine() -> None:
     model = small_model()
     cache = AlayaCache.for_model(model, AlayaConfig(planner="cost", min_context=0))
-    model.generate(input_ids=torch.randint(1, 128, (1, 8000), device="cuda"), past_key_values=cache, max_new_tokens=20)
+    model.generate(
+        input_ids=torch.randint(1, 128, (1, 8000), device="cuda"), **cache_argument(cache), max_new_tokens=20
+    )
     assert cache.keeper is not None and cache.keeper.plan is not None
     assert cache.keeper.plan.device_bytes >= cache.stats()["device_bytes"]
     assert {plan.engine for plan, _ in cache.keeper.plan.layers} == {"device"}

@@ -23,6 +23,7 @@ from accelerate import dispatch_model  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from alaya_hf import AlayaCache  # noqa: E402
+from alaya_hf.cache_argument import cache_argument  # noqa: E402
 from alaya_hf.sharding import device_map, memory_plan  # noqa: E402
 from tests.gpu import layer_cases as cases  # noqa: E402
 from tests.test_parallel import _free_port  # noqa: E402
@@ -82,9 +83,9 @@ def test_replayed_passes_of_several_tokens(two):
 def test_outputs_of_replays_are_not_overwritten(two):
     ids, cache, kept = cases.prompt(two, 150), AlayaCache(cases.DEFAULT), []
     with torch.no_grad():
-        two(ids, past_key_values=cache)
+        two(ids, **cache_argument(cache))
         for token in range(1, 8):
-            out = two(input_ids=torch.tensor([[token]], device="cuda:0"), past_key_values=cache)
+            out = two(input_ids=torch.tensor([[token]], device="cuda:0"), **cache_argument(cache))
             kept.append((out.logits, out.logits.clone()))
     assert cache.stats()["replays"] >= 4
     assert all(torch.equal(logits, copy) for logits, copy in kept)
