@@ -26,7 +26,7 @@ class PromptGuard(Patch):
             model: Any, input_ids: Any, next_sequence_length: int | None = None, *args: Any, **kwargs: Any
         ) -> Any:
             kwargs = renamed(kwargs, "expect")
-            cache = args[0] if args else kwargs.get(CACHE_ARGUMENT)
+            cache: Any = args[0] if args else kwargs.get(CACHE_ARGUMENT)
             expect = getattr(cache, "expect", None)
             embedded = kwargs.get("inputs_embeds") is not None
             if expect is not None and not embedded:

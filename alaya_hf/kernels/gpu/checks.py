@@ -244,6 +244,7 @@ def check_pass(case: Case, beta: float = INF) -> None:
     truth, true_lse = case.merged(wanted, 0, wanted.parts)
     keys, values = case.layout.unpack(case.records)
     yardstick, best = torch.zeros_like(truth), wanted.best
+    largest = spread = 0.0
     for row, low in enumerate(case.lows):
         k, v = keys[row, :, :low], values[row, :, :low]
         q = case.q[row].view(case.h, case.g, case.d)
@@ -252,6 +253,7 @@ def check_pass(case: Case, beta: float = INF) -> None:
             continue
         yardstick[row] = plain(q, k, v, case.scaling, case.dtype).flatten(0, 1)
         exact = q.float() @ k.transpose(1, 2)
+        largest, spread = max(largest, float(exact.abs().max())), max(spread, float(v.std()))
         rounded = (q.to(case.dtype) @ k.to(case.dtype).transpose(1, 2)).half()
         tiles = -(-low // TILE)
         written = wanted.tile_max[row, ..., :tiles].float() >= best[row][..., None] - beta + 0.5
@@ -266,7 +268,8 @@ def check_pass(case: Case, beta: float = INF) -> None:
             slack=float(exact.abs().max()) * 2**-8,
         )
         torch.testing.assert_close(found.best[row], exact.amax(-1), atol=0.05, rtol=4e-3)
-    within_twice(out, yardstick, truth, slack=1e-3)
+    # A score is kept in float16, whose rounding moves the token's weight.
+    within_twice(out, yardstick, truth, slack=1e-3 + 2**-11 * case.scaling * largest * spread)
     torch.testing.assert_close(lse, true_lse, atol=6e-3, rtol=1e-3)
 
 
@@ -528,7 +531,13 @@ def check_window_rows(case: Case, new: int = 5, first: int = 2, positions: int =
 
 
 def check_append(case: Case, new: int = 70) -> None:
-    """Window, store and low-bit copy are those that single steps leave behind, and so are the numbers."""
+    """Window, store and low-bit copy are those that single steps leave behind, and so are the numbers.
+
+    Between steps the low-bit copy holds whole tiles: each row begins with those of ``case``'s.
+    """
+    lows, recent = [low // TILE * TILE for low in case.lows], case.counts[0] - case.init - case.lows[0]
+    case = Case(case.d, *case.bits, case.h, case.g, lows, case.dtype, case.device, case.cap, case.init, case.local, recent,
+                case.form.dtype)  # fmt: skip
     _, k, v = _more(case, new)
     room = TILES * TILE
     (keys, values), (step_keys, step_values) = case.window(), case.window()
@@ -557,8 +566,8 @@ def check_append(case: Case, new: int = 70) -> None:
             assert torch.equal(mine[row][:, held], theirs[row][:, held]) and not mine[row][:, held].isnan().any()
         for mine, theirs in zip(*(case.layout.unpack(x) for x in records), strict=True):
             x, y = mine[row, :, :begin], theirs[row, :, :begin]
-            # The same arithmetic in two kernels: a compiler may round a scale otherwise.
-            assert begin == 0 or (x == y).float().mean() > 0.95
+            # The same arithmetic in two kernels: a compiler may round a scale otherwise, and with it a code now and then.
+            assert begin == 0 or ((x - y).abs() <= 1e-3 * y.abs().clamp_min(1)).float().mean() > 0.99
 
 
 def check_short_pass(case: Case, new: int = 5, positions: int = 2, beta: float = INF, union: bool = True) -> None:
