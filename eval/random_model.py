@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ def shape_config(shape: str, dtype: torch.dtype, layers: int = 0) -> LlamaConfig
     )  # fmt: skip
 
 
-def random_model(shape: str, device: str, dtype: torch.dtype, layers: int = 0, seed: int = 0) -> Any:
+def random_model(
+    shape: str, device: str, dtype: torch.dtype, layers: int = 0, seed: int = 0, shared: bool = False
+) -> Any:
     """A causal language model of this shape, in evaluation mode, its weights made on the device.
 
     Parameters
@@ -44,11 +47,18 @@ def random_model(shape: str, device: str, dtype: torch.dtype, layers: int = 0, s
         Of :data:`SHAPES`.
     layers : int
         Only so many of its layers; 0: all.
+    shared : bool
+        Let all layers have one layer's weights. A device then runs every layer of a model whose weights it could not hold: a step
+        takes as long, since a layer's weights are many times what a cache holds and come from memory each time they are read.
     """
     config = shape_config(shape, dtype, layers)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            shape_config(shape, dtype, 1) if shared else config, dtype=dtype, attn_implementation="sdpa"
+        )
     model = model.to_empty(device=device)
+    if shared:
+        _repeat_layer(model, config.num_hidden_layers)
     # What is computed and not stored would be lost with the meta device.
     with torch.device(device):
         model.model.rotary_emb = type(model.model.rotary_emb)(config)
@@ -60,3 +70,14 @@ def random_model(shape: str, device: str, dtype: torch.dtype, layers: int = 0, s
             else:
                 weight.normal_(0, 0.02)
     return model.eval()
+
+
+def _repeat_layer(model: Any, layers: int) -> None:
+    """Let a model of one layer have so many, each a module of its own over the same weights."""
+    (first,) = model.model.layers
+    same = [*first.parameters(), *first.buffers(), model.config]
+    for index in range(1, layers):
+        layer = copy.deepcopy(first, {id(each): each for each in same})
+        layer.self_attn.layer_idx = index
+        model.model.layers.append(layer)
+    model.config.num_hidden_layers = layers

@@ -12,7 +12,15 @@ from typer.testing import CliRunner
 
 from alaya_hf.errors import ConfigError
 from eval.__main__ import app
-from eval.studies.allocation_bsfa_70b.answer import answers, of_allocation, of_bsfa, of_memory, plausible
+from eval.studies.allocation_bsfa_70b.answer import (
+    answers,
+    of_allocation,
+    of_bsfa,
+    of_memory,
+    of_scaling,
+    plausible,
+    wholest,
+)
 from eval.studies.allocation_bsfa_70b.page import page
 from eval.studies.cells import Cells
 
@@ -70,6 +78,43 @@ def test_few_layers_are_brought_to_all_in_a_straight_line(tmp_path, monkeypatch)
     row = bench.decode(1024, 2)
     assert seen == [2, 4] and row["measured ms"] == 2.7
     assert row["ms per token"] == pytest.approx(0.7 + 0.5 * 80) and row["tokens/s"] == pytest.approx(2000 / 40.7)
+
+
+def test_layers_that_share_weights_are_layers():
+    """The same answers as a model whose layers hold copies of these weights, each layer with keys of its own."""
+    import torch
+
+    from eval.random_model import random_model
+
+    shared, apart = (random_model("tiny", "cpu", torch.float32, 4, shared=how) for how in (True, False))
+    apart.load_state_dict(shared.state_dict())
+    ids = torch.randint(1, 128, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(*(model.generate(ids, max_new_tokens=8, do_sample=False) for model in (shared, apart)))
+    held = [sum(p.numel() for p in model.model.layers.parameters()) for model in (shared, apart)]
+    assert held[1] == 4 * held[0] and len(shared.model.layers) == 4
+
+
+def test_a_small_machine_runs_some_of_the_layers_of_a_large_batch(tmp_path):
+    from eval.studies.allocation_bsfa_70b.measure import Bench
+
+    row = 131072 * 80 * 2 * 8 * 128 * 2  # bytes of a row of all layers
+    for rows, here, layers in ((1, 2 * row, 80), (4, 2 * row, 64), (8, row, 16), (16, row // 64, 1)):
+        bench = Bench("llama-3-70b", 0, "cuda", 256, 8, 2, tmp_path, {0: "1GiB"}, 1 << 30, here, shared=True)
+        found = bench.fitting(131072, rows, 80)
+        assert found == pytest.approx(layers, abs=8) and found in (1, 80, *range(4, 80, 4))
+        assert found == 1 or found * rows * row / 80 * 0.508 <= here
+
+
+def test_of_cells_that_differ_in_layers_the_most_stand():
+    few = _row("prefill", prefill="dense", chunk=4, layers=4, found={"first token s": 11.0})
+    whole = _row("prefill", prefill="dense", chunk=4, weights="shared", found={"first token s": 10.0})
+    refused = _row("prefill", prefill="dense", chunk=4, layers=64, found={"not run": "no room"})
+    assert wholest([few, refused, whole]) == [refused, whole]
+    assert wholest([few]) == [few]
+    (sentence,) = of_scaling([few, whole])
+    assert "all 32 layers take 10 s; 4 of them, in proportion, 11 s, 1.10 times as long" in sentence
+    assert sentence in page([few, whole]) and "shared" in page([few, whole])
 
 
 def _row(part, batch=1, allocation=None, found=None, **more):

@@ -37,6 +37,18 @@ def plausible(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def wholest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of measured cells that differ in the layers run alone, the one with the most; all others as they are."""
+
+    def place(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple((k, v) for k, v in sorted(row["settings"].items()) if k not in ("layers", "weights", "new"))
+
+    most: dict[tuple[Any, ...], int] = {}
+    for row in measured(rows):
+        most[place(row)] = max(most.get(place(row), 0), row["settings"].get("layers", 0))
+    return [row for row in rows if "not run" in row or row["settings"].get("layers", 0) == most[place(row)]]
+
+
 def _places(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for shape in values(rows, "shape"):
         for context in sorted(values([row for row in rows if row["settings"]["shape"] == shape], "context")):
@@ -241,6 +253,24 @@ def of_memory(rows: Sequence[dict[str, Any]]) -> list[str]:
             if refused:
                 sentence += f" Refused in a pool of 1.2 times what is needed: {', '.join(refused)}; by others none."
             found.append(sentence)
+    return found
+
+
+def of_scaling(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """How far a prefill of few layers, brought to all of them, is from one of all layers."""
+    found = []
+    for place in _places(rows):
+        for row in measured(rows, part="prefill", allocation=None, layers=_most_layers(rows, place["shape"]), **place):
+            names = ("prefill", "batch", "chunk", "device")
+            same = {name: row["settings"][name] for name in names}
+            for few in measured(rows, part="prefill", allocation=None, **same, **place):
+                if few["settings"]["layers"] < row["settings"]["layers"]:
+                    found.append(
+                        f"**Few layers for all** ({_at(place, same['batch'])}, {same['prefill']} prefill): all "
+                        f"{row['settings']['layers']} layers take {row['first token s']:.3g} s; {few['settings']['layers']} of "
+                        f"them, in proportion, {few['first token s']:.3g} s, "
+                        f"{few['first token s'] / row['first token s']:.2f} times as long."
+                    )
     return found
 
 

@@ -41,6 +41,9 @@ def allocation_bsfa_70b(
     few: Annotated[
         int, typer.Option(help="Layers that run where all of them would take long: see eval/README.md.")
     ] = 4,
+    shared_weights: Annotated[
+        bool, typer.Option(help="All layers have one layer's weights, for a device that cannot hold them all.")
+    ] = False,
     chunk: Annotated[int, typer.Option(help="Tokens of a prefill pass, all rows together.")] = 16384,
     new: Annotated[int, typer.Option(help="Tokens to decode, at least 8.")] = 24,
     k: Annotated[int, typer.Option(help="Tiles that BSFA keeps per block of 128 queries.")] = 64,
@@ -81,7 +84,7 @@ def allocation_bsfa_70b(
     here = int(0.85 * available_host_memory())
     bench = Bench(
         shape, layers, device, chunk, new, k, output / "thresholds", {index: device_memory for index in range(devices)},
-        _bytes(host_memory), here,
+        _bytes(host_memory), here, shared_weights,
     )  # fmt: skip
     # Not the date, which would make every day's cells others.
     named = torch.cuda.get_device_name() if cuda and timed else describe().split(";")[0]

@@ -136,9 +136,10 @@ def _rows(bench: Bench, asked: Grid, context: int) -> list[int]:
 
 
 def _place(bench: Bench, asked: Grid, part: str, context: int, batch: int, layers: int) -> dict[str, Any]:
-    return {
+    found = {
         "part": part, "shape": bench.shape, "device": asked.device, "context": context, "batch": batch, "layers": layers
     }  # fmt: skip
+    return found | ({"weights": "shared"} if bench.shared else {})
 
 
 def _decoding(bench: Bench, asked: Grid) -> Iterator[Cell]:
@@ -155,7 +156,8 @@ def _decoding(bench: Bench, asked: Grid) -> Iterator[Cell]:
         for batch in _rows(bench, asked, context):
             for allocation in allocations:
                 whole = batch == 1 or allocation is None
-                yield cell(context, batch, "alaya", bench.held if whole else asked.few, allocation)
+                layers = bench.fitting(context, batch, bench.held if whole else asked.few)
+                yield cell(context, batch, "alaya", layers, allocation)
         for system in asked.baselines:
             # What offloads is bound by the bus in every layer; what does not fit says how fast it would be on few layers.
             fits = resident >= 1 or bench.held <= asked.few
@@ -175,7 +177,7 @@ def _prefills(bench: Bench, asked: Grid) -> Iterator[Cell]:
             for allocation in [None, *(asked.allocators if asked.allocates else ())]:
                 few = allocation is not None or context * batch > _LONG
                 for name in asked.prefills:
-                    layers = asked.few if few else bench.held
+                    layers = bench.fitting(context, batch, asked.few if few else bench.held)
                     settings = _place(bench, asked, "prefill", context, batch, layers)
                     settings |= {"prefill": name, "allocation": allocation, "chunk": bench.chunk}
                     settings |= {"k": bench.k} if name == "bsfa" else {}

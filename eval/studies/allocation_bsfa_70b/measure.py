@@ -59,6 +59,8 @@ class Bench:
         Bytes of host memory of that machine for offloaded contexts.
     here : int
         Bytes of host memory of this machine for the same.
+    shared : bool
+        Whether the layers share one layer's weights, see :func:`~eval.random_model.random_model`.
     """
 
     shape: str
@@ -71,6 +73,7 @@ class Bench:
     room: dict[int | str, str]
     host: int
     here: int
+    shared: bool = False
     _model: Any = None
     _warm: set[tuple[Any, ...]] = field(default_factory=set)
     _context: tuple[int, Any] | None = None
@@ -105,7 +108,7 @@ class Bench:
     def model(self) -> Any:
         """Made when it is first asked for."""
         if self._model is None:
-            self._model = random_model(self.shape, self.device, self.dtype, self.layers)
+            self._model = random_model(self.shape, self.device, self.dtype, self.layers, shared=self.shared)
         return self._model
 
     @contextmanager
@@ -135,10 +138,25 @@ class Bench:
 
     def store(self, context: int, batch: int, layers: int, host: int) -> str:
         """``auto``, the model's own precision, where a context of so many layers fits into the host's memory; else ``int8``."""
+        return "auto" if self._stored(context, batch, layers) <= host else "int8"
+
+    def _stored(self, context: int, batch: int, layers: int) -> float:
+        """Bytes of host memory for so many layers' keys and values in two bytes a number."""
         config = shape_config(self.shape, torch.bfloat16, layers)
-        needed = batch * (context + self.new) * config.num_hidden_layers * _token_bytes(config)
         # Blocks of the store grow in steps.
-        return "auto" if 1.05 * needed <= host else "int8"
+        return 1.05 * batch * (context + self.new) * config.num_hidden_layers * _token_bytes(config)
+
+    def fitting(self, context: int, batch: int, layers: int) -> int:
+        """Of so many layers those whose offloaded context fits into this machine, in 8 bits if need be, a multiple of 4.
+
+        A machine that is smaller than the one planned for, in host memory, runs some of the layers of its largest batches.
+        """
+        # A scale of two bytes to every vector, and room between the blocks.
+        eight = 1.15 * (0.5 + 1 / self.whole.head_dim)
+        if not self.cuda or eight * self._stored(context, batch, layers) <= self.here:
+            return layers
+        most = int(self.here / (eight * self._stored(context, batch, 1)))
+        return max(1, min(layers, most // 4 * 4 or most))
 
     def rows_chunk(self, batch: int) -> int:
         """Tokens of a prefill pass of each row, whole tiles."""
@@ -216,7 +234,10 @@ class Bench:
         """Time per token over a store that was filled with synthetic keys; of few layers, from two numbers of them."""
         layers = layers or self.held
         fewer = [] if layers == self.all_layers or layers == 1 else [max(1, layers // 2)]
-        times = {each: self._decode(context, batch, system, each, allocation) for each in (*fewer, layers)}
+        times = {}
+        for each in (*fewer, layers):
+            self.give_back()  # blocks of other sizes
+            times[each] = self._decode(context, batch, system, each, allocation)
         row = times[layers]
 
         def whole(name: str) -> float:

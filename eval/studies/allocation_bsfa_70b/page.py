@@ -14,8 +14,10 @@ from eval.studies.allocation_bsfa_70b.answer import (
     of_allocation,
     of_bsfa,
     of_memory,
+    of_scaling,
     plausible,
     values,
+    wholest,
 )
 
 _TITLE = """\
@@ -38,8 +40,11 @@ these tables says anything about the quality of an answer**, and these neither:
   gain at the share of skipped tiles that stands beside it.
 * What is lost at that share: on a real model, [prefill.md](prefill.md) has the loss of BSFA's k and of `blasst`.
 * Times of fewer layers than the shape's are brought to all of them: of a decode step, and of what it keeps on the device, from
-  two numbers of layers, in a straight line; of a prefill in proportion. Over several GPUs the hand-over between them is in no
-  time."""
+  two numbers of layers, in a straight line; of a prefill in proportion. Of cells that differ in the layers run, the one with the
+  most is shown. Over several GPUs the hand-over between them is in no time.
+* Where **weights** says shared, all layers have one layer's weights, so that one device runs every layer of a model that it
+  could not hold. A layer's weights are many times what the device's cache holds and come from its memory in every layer, as they
+  would."""
 
 
 def _legal(quality: Path | None) -> list[str]:
@@ -81,7 +86,7 @@ def _timed(rows: Sequence[dict[str, Any]], part: str, columns: Iterable[str]) ->
             own["allocation"] = ""
         found.append({
             "shape": place["shape"], "tokens": f"{place['context']:,}", "batch": place["batch"], **own,
-            "layers run": place["layers"],
+            "layers run": place["layers"], "weights": place.get("weights", "own"),
             **{name: row.get(name) for name in columns},
         })  # fmt: skip
     return sorted(found, key=lambda line: (line["shape"], int(line["tokens"].replace(",", "")), line["batch"]))
@@ -122,9 +127,10 @@ def page(rows: Sequence[dict[str, Any]], quality: Path | None = None) -> str:
     quality : Path, optional
         Tables of ``python -m eval report`` over the legal tasks.
     """
-    rows = plausible(rows)
+    everything = plausible(rows)
+    rows = wholest(everything)
     claims, machines = answers(rows), values(rows, "device")
-    sentences = [*of_allocation(rows), *of_memory(rows), *of_bsfa(rows)]
+    sentences = [*of_allocation(rows), *of_memory(rows), *of_bsfa(rows), *of_scaling(everything)]
     held = [claim["holds"] for claim in claims]
     count = {kind: held.count(kind) for kind in ("yes", "no", "not measured")}
     summary = f"{count['yes']} of {len(held)} bounds hold, {count['no']} do not, {count['not measured']} not measured."
