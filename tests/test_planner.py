@@ -246,7 +246,7 @@ def test_the_search_against_all_combinations(layers: Any, budget: int, slo: int 
 
     def option(i: int, numbers: tuple[int, int, int]) -> tuple[LayerPlan, Estimate]:
         size, seconds, loss = numbers
-        return replace(base, store_dtype=str(i)), Estimate(0, 0, 1, loss, seconds, size, 0, 0)
+        return replace(base, store_dtype=str(i)), Estimate(0, 0, 1, loss, seconds, seconds, size, 0, 0)
 
     made = [[option(i, numbers) for i, numbers in enumerate(layer)] for layer in layers]
     found = search(made, Limits(budget, slo, kl, True), lambda plan: None, lambda plan: 0)

@@ -39,8 +39,8 @@ def told(factor: float, fails: str = "") -> Any:
         def measure(plan: LayerPlan) -> Measured:
             if fails and fails in " ".join(plan.names()):
                 raise RuntimeError("CUDA error: out of patience\nand more")
-            seconds = factor * planner.estimate(plan, 0, context, 1, context).seconds
-            return Measured(seconds, seconds, 0.01, 100.0, 1 << 20, 1 << 20)
+            estimate = planner.estimate(plan, 0, context, 1, context)
+            return Measured(factor * estimate.seconds, factor * estimate.tail, 0.01, 100.0, 1 << 20, 1 << 20)
 
         return measure, profile
 

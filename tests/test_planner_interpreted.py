@@ -66,15 +66,23 @@ def test_case_of_costs_of_every_stage(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(measure_device, "sample_context", sampled)
 
-    def seconds(calls: Any, repeats: int = 1) -> float:
+    def timed(calls: Any, repeats: int) -> list[float]:
         for call in calls[:1]:
             call()
-        return 1e-4
+        # A whole step takes more than its stages together, and is at times slow.
+        return [1e-4] * repeats if repeats < 40 else [1e-3] * 36 + [2e-3] * 4
 
     said: list[str] = []
-    lines, report = measure_device.measure_device(SHAPE, (800, 1000), 1, seconds, said.append)
-    assert set(lines) == set(DEVICE_STAGES)
-    assert len(report) == len(said) and all(row["predicted"] > 0 for row in report)
+    lines, report = measure_device.measure_device(SHAPE, (800, 1000), (), 1, timed, said.append)
+    assert set(DEVICE_STAGES) < set(lines)
+    assert {name.partition("@")[0] for name in set(lines) - set(DEVICE_STAGES)} == {
+        "gather", "gather8", "gather_tail", "gather8_tail",
+    }  # fmt: skip
+    assert len(report) == len(said)
+    # What stages do not explain is fetching's: steps are predicted as they were measured.
+    assert all(
+        row["predicted"] == pytest.approx(1e-3) and row["predicted_tail"] == pytest.approx(2e-3) for row in report
+    )
     assert any("share 0.98, cap 512" in row["plan"] for row in report) and len(CUT_CAPS) == 4
 
 

@@ -101,9 +101,11 @@ def calibrate(
     report: list[dict[str, Any]] = []
     if driven:
         from alaya_hf.planner.device_case import graph_seconds
-        from alaya_hf.planner.measure_device import LENGTHS, measure_device
+        from alaya_hf.planner.measure_device import LENGTHS, REPORTED, measure_device
 
-        device, report = measure_device(shape, (4096, 8192) if quick else LENGTHS, advance=advance)
+        device, report = measure_device(
+            shape, (4096, 8192) if quick else LENGTHS, (6144,) if quick else REPORTED, advance=advance
+        )
         weights["cuda"] = weights_per_second(shape, "cuda", repeats)
         weight = torch.ones(8192, 8192, dtype=shape.dtype, device="cuda")
         row = torch.ones(1, 8192, dtype=shape.dtype, device="cuda")

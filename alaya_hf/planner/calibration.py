@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,8 @@ HOST_STAGES = (
 CUT_CAPS = (32, 128, 256, 512)
 #: Stages of the device engine. `passKV`: the low-bit pass with K-bit keys and V-bit values (0: means); `scores`: what it takes to
 #: write all scores and not just those within a range; `cutN`, `shareN`: selecting up to N tokens per head by a range, or by a
-#: share of the mass.
+#: share of the mass. What a fetched token costs besides depends on how much memory the tokens lie in, and varies: `gather@N` and
+#: `gather8@N` are lines for N offloaded tokens, `gather_tail@N` and `gather8_tail@N` those of the 95th percentile.
 DEVICE_STAGES = (
     "window", "dense", "pass42", "pass44", "pass40", "pass82", "scores", *(f"cut{cap}" for cap in CUT_CAPS),
     *(f"share{cap}" for cap in CUT_CAPS), "gather", "gather8", "merge",
@@ -59,6 +61,57 @@ class Line:
         return [self.fixed, self.per_token, *((self.knee, self.beyond) if self.beyond else ())]
 
 
+class Gathers:
+    """What the device engine takes to attend to tokens of the store, from the lines `NAME@N` among its stages.
+
+    Parameters
+    ----------
+    stages : mapping of str to Line
+        Without such lines, the one called NAME holds for every context.
+    """
+
+    def __init__(self, stages: Mapping[str, Line]) -> None:
+        self._stages = stages
+        self._lines: dict[str, list[tuple[int, Line]]] = {}
+        for key, line in stages.items():
+            name, at, tokens = key.partition("@")
+            if at:
+                self._lines.setdefault(name, []).append((int(tokens), line))
+        for lines in self._lines.values():
+            lines.sort(key=lambda pair: pair[0])
+
+    def __call__(self, name: str, fetched: float, offloaded: float, tail: bool = False) -> tuple[float, float]:
+        """Seconds, in two parts.
+
+        Parameters
+        ----------
+        name : {"gather", "gather8"}
+            Of a store in the model's precision, or in 8 bits.
+        fetched : float
+            Tokens per KV head.
+        offloaded : float
+            Tokens that they are chosen from. Between the numbers that were measured, a straight line; beyond, the nearest one's.
+        tail : bool
+            The 95th percentile, where it was measured.
+
+        Returns
+        -------
+        fixed, growth : float
+            The second part depends on the tokens.
+        """
+        lines = self._lines.get(f"{name}_tail" if tail else name) or self._lines.get(name) or [(0, self._stages[name])]
+        at = next((i for i, (tokens, _) in enumerate(lines) if tokens >= offloaded), len(lines) - 1)
+        above, high = lines[at]
+        if at == 0 or offloaded >= above:
+            return high.fixed, high.growth(fetched)
+        below, low = lines[at - 1]
+        share = (offloaded - below) / (above - below)
+        return (
+            low.fixed + share * (high.fixed - low.fixed),
+            low.growth(fetched) + share * (high.growth(fetched) - low.growth(fetched)),
+        )
+
+
 @dataclass(frozen=True)
 class Calibration:
     """Measured costs.
@@ -82,7 +135,8 @@ class Calibration:
     reference : bool
         Whether the numbers are those that come with the package, and not this machine's.
     report : tuple of mapping
-        Whole steps, predicted and measured.
+        Whole steps: ``plan``, ``context``, ``predicted`` and ``measured`` seconds; of the device engine also the 95th percentile,
+        ``predicted_tail`` and ``tail``.
     """
 
     hardware: str
@@ -107,10 +161,22 @@ class Calibration:
         return errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
 
     def margin(self, engine: str) -> float:
-        """What nine of ten whole steps of an engine stay within, times their estimates: 1 to 1.5; 1 without a report."""
+        """What nine of ten whole steps of an engine stay within, times their estimates: 1 to 1.5; 1 without a report.
+
+        Of 95th percentiles where the report has them.
+        """
         rows = [row for row in self.report if str(row["plan"]).startswith("host:") == (engine == "host")]
-        ratios = sorted(row["measured"] / row["predicted"] for row in rows if row["predicted"] > 0)
+        pairs = [
+            (row["tail"], row["predicted_tail"]) if "tail" in row else (row["measured"], row["predicted"])
+            for row in rows
+        ]
+        ratios = sorted(measured / predicted for measured, predicted in pairs if predicted > 0)
         return min(1.5, max(1.0, ratios[int(0.9 * (len(ratios) - 1))])) if ratios else 1.0
+
+    @cached_property
+    def gather(self) -> Gathers:
+        """What the device engine takes to attend to tokens of the store."""
+        return Gathers(self.device)
 
     def to_json(self) -> str:
         """As text, the same for the same numbers."""

@@ -65,6 +65,7 @@ def explain_plan(plan: ModelPlan, actual: tuple[dict[str, Any], Sequence[dict[st
             "tokens": sum(e.tokens for _, e in plan.layers) / len(plan.layers),
             "fetched": sum(e.fetched for _, e in plan.layers) / len(plan.layers),
             "recovery": plan.recovery, "kl": plan.kl, "seconds": plan.attention_seconds, "seconds_per_token": plan.seconds,
+            "tail_per_token": plan.tail,
             "device_bytes": plan.device_bytes, "workspace_bytes": plan.workspace_bytes, "host_bytes": plan.host_bytes,
             "moved_bytes": sum(e.moved_bytes for _, e in plan.layers),
         }
@@ -121,7 +122,9 @@ def _text(data: dict[str, Any]) -> str:
     wanted = ", ".join(f"{name} {value}" for name, value in data["targets"].items()) or "no target"
     lines = [
         f"{data['batch']} x {data['context']} tokens, room for {data['room']}; {wanted}",
-        f"per token {time_text(totals['seconds_per_token'])}, {time_text(totals['seconds'])} of it attention; about "
+        f"per token {time_text(totals['seconds_per_token'])}, {time_text(totals['seconds'])} of it attention"
+        + (f", 95th percentile {time_text(totals['tail_per_token'])}" if "slo" in data["targets"] else "")
+        + "; about "
         f"{totals['kl']:.2g} nats from full attention"
         + ("; estimated / actual" if analysed else "")
         + "; rows of several layers show the mean of one",

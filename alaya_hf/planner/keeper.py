@@ -185,8 +185,8 @@ class Keeper:
 
     def _pays(self, current: ModelPlan, better: ModelPlan) -> bool:
         slo = self.planner.settings.slo_seconds
-        if slo is not None and (current.seconds > slo) != (better.seconds > slo):
-            return current.seconds > slo
+        if slo is not None and (current.tail > slo) != (better.tail > slo):
+            return current.tail > slo
         kl = self.planner.settings.kl
         if kl is not None and current.kl > kl * 1.05 and better.kl < current.kl * _GAIN:
             return True

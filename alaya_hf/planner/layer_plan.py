@@ -106,8 +106,8 @@ class Estimate:
         Share of the attention mass attended exactly, of the worst group of query heads.
     kl : float
         What the layer adds to the KL from full attention, nats per token.
-    seconds : float
-        Of the layer's attention.
+    seconds, tail : float
+        Of the layer's attention: as a rule, and the 95th percentile.
     device_bytes, host_bytes : int
         Held: on the layer's device, and in host memory.
     moved_bytes : float
@@ -119,6 +119,7 @@ class Estimate:
     recovery: float
     kl: float
     seconds: float
+    tail: float
     device_bytes: int
     host_bytes: int
     moved_bytes: float

@@ -96,15 +96,17 @@ def seconds(call: Callable[[], Any], repeats: int = 7, cold: bool = True) -> flo
     return statistics.median(times(call, repeats, cold))
 
 
-def fit(points: Sequence[tuple[float, float]]) -> Line:
+def fit(points: Sequence[tuple[float, float]], sizes: Sequence[float] | None = None) -> Line:
     """The straight line, with neither cost negative, whose relative errors at the points have the least squares.
 
     Parameters
     ----------
     points : sequence of (float, float)
         Tokens and seconds, at least one; through two it goes exactly where it may.
+    sizes : sequence of float, optional
+        Seconds that the errors at the points are relative to; default: the points' own.
     """
-    weights = [1 / max(y, 1e-12) ** 2 for _, y in points]
+    weights = _weights(points, sizes)
     total = sum(weights)
     x0 = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / total
     y0 = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / total
@@ -119,8 +121,12 @@ def fit(points: Sequence[tuple[float, float]]) -> Line:
     return Line(0.0, steep / sum(w * x * x for w, (x, _) in zip(weights, points, strict=True)))
 
 
-def fit_bent(points: Sequence[tuple[float, float]]) -> Line:
-    """:func:`fit`, with a bend upwards where that takes three quarters off the squared relative errors.
+def _weights(points: Sequence[tuple[float, float]], sizes: Sequence[float] | None) -> list[float]:
+    return [1 / max(size, 1e-12) ** 2 for size in ([y for _, y in points] if sizes is None else sizes)]
+
+
+def fit_bent(points: Sequence[tuple[float, float]], sizes: Sequence[float] | None = None) -> Line:
+    """:func:`fit`, with a bend upwards where that takes half off the squared relative errors.
 
     Reading scattered rows over the bus costs more for each row once there are many over much memory.
 
@@ -128,19 +134,23 @@ def fit_bent(points: Sequence[tuple[float, float]]) -> Line:
     ----------
     points : sequence of (float, float)
         Tokens and seconds, at least one. A bend lies at one of them, three or more up to it.
+    sizes : sequence of float, optional
+        See :func:`fit`.
     """
+    weights = _weights(points, sizes)
+    triples = [(x, y, w) for (x, y), w in zip(points, weights, strict=True)]
 
     def error(line: Line) -> float:
-        return sum((line(x) / max(y, 1e-12) - 1) ** 2 for x, y in points)
+        return sum(w * (line(x) - y) ** 2 for x, y, w in triples)
 
-    best = fit(points)
-    limit = error(best) / 4
+    best = fit(points, sizes)
+    limit = error(best) / 2
     for knee in sorted({x for x, _ in points})[:-1]:
-        below = [point for point in points if point[0] <= knee]
+        below = [(x, y, w) for x, y, w in triples if x <= knee]
         if len(below) < 3:
             continue
-        line = fit(below)
-        over = [(x - knee, (y - line(x)), 1 / max(y, 1e-12) ** 2) for x, y in points if x > knee]
+        line = fit([(x, y) for x, y, _ in below], [w**-0.5 for _, _, w in below])
+        over = [(x - knee, y - line(x), w) for x, y, w in triples if x > knee]
         beyond = max(0.0, sum(w * x * y for x, y, w in over) / sum(w * x * x for x, _, w in over))
         bent = Line(line.fixed, line.per_token, knee, beyond)
         if beyond and error(bent) < limit:

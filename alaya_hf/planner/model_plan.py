@@ -60,6 +60,11 @@ class ModelPlan:
         return self.base_seconds + self.attention_seconds
 
     @property
+    def tail(self) -> float:
+        """95th percentile of a decode step: what an SLO is held against."""
+        return self.base_seconds + sum(estimate.tail for _, estimate in self.layers)
+
+    @property
     def kl(self) -> float:
         """From full attention's next token, nats."""
         return sum(estimate.kl for _, estimate in self.layers)

@@ -45,6 +45,7 @@ class Planner:
         self.settings, self.shape = settings, shape
         self.calibration = load_calibration(shape) if calibration is None else calibration
         self.profile = load_profile(shape.name) if profile is None else profile
+        self._alike: dict[tuple[object, ...], tuple[LayerPlan, ...]] = {}
 
     @staticmethod
     def room_for(context: int) -> int:
@@ -81,13 +82,18 @@ class Planner:
         mean = sum(share for _, share in groups) / len(groups)
         union = profile.union_of(shape.group) if plan.query.cut_again or shape.group > 1 else 1.0
         fetched = offloaded if plan.query.keeps_all else min(offloaded, count * union)
+        seconds, tail = (
+            layer_seconds(plan, shape, self.calibration, context, batch, fetched, correction, rare)
+            for rare in (False, True)
+        )
         moved = 0.0 if plan.query.keeps_all and plan.engine == "device" else fetched * shape.token_bytes * batch
         return Estimate(
             tokens=count,
             fetched=fetched,
             recovery=min(share for _, share in groups),
             kl=0.0 if offloaded <= 0 else profile.kl(plan, mean) / shape.layers,
-            seconds=layer_seconds(plan, shape, self.calibration, context, batch, fetched, correction),
+            seconds=seconds,
+            tail=tail,
             device_bytes=device_bytes(plan, shape, room, batch, self.passes(plan.engine)),
             host_bytes=host_bytes(plan, shape, room, batch),
             moved_bytes=moved,
@@ -217,7 +223,7 @@ class Planner:
             if running is not None:
                 driver = running.engine
             store = "auto" if running is None else running.store_dtype
-            for plan in candidates(self.settings, number, self.shape, driver, window, whole, store):  # type: ignore[arg-type]
+            for plan in self._candidates(number, driver, window, whole, store):
                 if running is not None:
                     if driver == "device" and (plan.index, plan.residual) != (running.index, running.residual):
                         continue
@@ -244,6 +250,15 @@ class Planner:
         kept = [choice for choice in found if choice[1].recovery >= target - 1e-9]
         most = max(estimate.recovery for _, estimate in found)
         return kept or [choice for choice in found if choice[1].recovery >= most - 1e-3]
+
+    def _candidates(self, number: int, engine: str, window: object, whole: int, store: str) -> Sequence[LayerPlan]:
+        """Those of a layer; layers without settings of their own have the same."""
+        settings = self.settings
+        own = (number,) if settings.layers or settings.dense_layers else ()
+        key = (engine, window, whole, store, *own)
+        if key not in self._alike:
+            self._alike[key] = tuple(candidates(settings, number, self.shape, engine, window, whole, store))  # type: ignore[arg-type]
+        return self._alike[key]
 
     def _worth_it(self, found: list[Choice]) -> list[Choice]:
         """Without plans of the host engine that gain no more over the dense one than the estimates are off.
@@ -287,19 +302,21 @@ class Planner:
             found = self.estimate_all(plans, context, batch, room, how, correction, tokens)
             if result is None or self._rank(found) < self._rank(result):
                 result = found
-            if slo is None or found.seconds <= slo:
+            if slo is None or found.tail <= slo:
                 break
         return result, 0
 
     def _search(
         self, options: list[list[Choice]], limits: Limits, engine: str, room: int, batch: int
     ) -> list[Choice] | None:  # fmt: skip
-        """Plans within the limits; with a limit of time, such that it holds if the estimates are as low as they tend to be."""
+        """Plans within the limits; that of time is for the 95th percentile, with room for estimates as low as they tend to be."""
 
         def shared(plan: LayerPlan) -> int:
             return workspace_bytes(plan, self.shape, room, batch, self.passes(plan.engine))
 
         margin = self.calibration.margin(engine)
+        if limits.seconds is not None:
+            options = [[(plan, replace(e, seconds=e.tail)) for plan, e in layer] for layer in options]
         if limits.seconds is not None and margin > 1:
             sure = replace(limits, seconds=limits.seconds / margin, firm=True)
             found = search(options, sure, shared_key, shared)
@@ -335,7 +352,7 @@ class Planner:
             recovery = sum(max(0.0, settings.recovery - estimate.recovery - 1e-9) for _, estimate in plan.layers)
         limit = DEFAULT_KL if settings.kl is None else settings.kl
         over_kl = max(0.0, plan.kl / limit - 1 - 1e-6)
-        over_time = 0.0 if settings.slo_seconds is None else max(0.0, plan.seconds / settings.slo_seconds - 1)
+        over_time = 0.0 if settings.slo_seconds is None else max(0.0, plan.tail / settings.slo_seconds - 1)
         quality = (over_kl, over_time) if settings.kl is not None else (over_time, over_kl)
         cost = plan.seconds if settings.slo is None else float(plan.device_bytes)
         return host, recovery, *quality, cost, plan.seconds
@@ -353,10 +370,10 @@ class Planner:
     def _unmet(self, plan: ModelPlan) -> list[str]:
         settings, found = self.settings, []
         slo = settings.slo_seconds
-        if slo is not None and plan.seconds > slo:
+        if slo is not None and plan.tail > slo:
             found.append(
                 f"slo={settings.slo!r} cannot be kept over {plan.batch} x {plan.context} tokens: the best plan takes about "
-                f"{time_text(plan.seconds)} per token, {time_text(plan.base_seconds)} of it outside attention. Allow that much, "
+                f"{time_text(plan.tail)} per token, {time_text(plan.base_seconds)} of it outside attention. Allow that much, "
                 "or relax recovery, kl or gpu_memory."
             )
         short = [

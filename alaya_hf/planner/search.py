@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from alaya_hf.planner.layer_plan import Estimate, LayerPlan
 
 Choice = tuple[LayerPlan, Estimate]
 _EPS = 1e-12
+#: Starts that are priced, see :func:`_priced`, and taken on.
+_PRICED = 6
 
 
 @dataclass(frozen=True)
@@ -33,40 +38,65 @@ class Limits:
     firm: bool
 
 
-class _State:
-    """A choice for every layer and its totals; buffers that layers share count once."""
+class _Table:
+    """The options of all layers side by side, a row per layer; places that a layer does not have cost infinitely much.
+
+    Parameters
+    ----------
+    options : sequence of sequence of (LayerPlan, Estimate)
+    key, shared : callable
+        See :func:`search`.
+    """
 
     def __init__(
-        self, options: Sequence[Sequence[Choice]], keys: Sequence[Sequence[Hashable]], sizes: Mapping[Hashable, int],
-        picked: Sequence[int],
+        self, options: Sequence[Sequence[Choice]], key: Callable[[LayerPlan], Hashable], shared: Callable[[LayerPlan], int]
     ) -> None:  # fmt: skip
-        self.options, self.keys, self.sizes = options, keys, sizes
-        kinds: dict[tuple[Choice, ...], int] = {}
-        self.kinds = [kinds.setdefault(tuple(layer), len(kinds)) for layer in options]
-        self.picked = list(picked)
-        self.used = Counter(keys[i][p] for i, p in enumerate(self.picked))
-        chosen = [options[i][p][1] for i, p in enumerate(self.picked)]
-        self.bytes = sum(e.device_bytes for e in chosen) + sum(sizes[k] for k in self.used)
-        self.seconds = sum(e.seconds for e in chosen)
-        self.kl = sum(e.kl for e in chosen)
+        self.options = options
+        rows, columns = len(options), max(map(len, options))
+        self.bytes, self.seconds, self.kl = (np.full((rows, columns), np.inf) for _ in range(3))
+        self.keys = np.zeros((rows, columns), dtype=np.int64)
+        names: dict[Hashable, int] = {}
+        sizes: list[int] = []
+        for i, layer in enumerate(options):
+            for p, (plan, e) in enumerate(layer):
+                self.bytes[i, p], self.seconds[i, p], self.kl[i, p] = e.device_bytes, e.seconds, e.kl
+                name = key(plan)
+                if name not in names:
+                    names[name] = len(names)
+                    sizes.append(shared(plan))
+                self.keys[i, p] = names[name]
+        self.sizes, self.rows = np.array(sizes, dtype=float), np.arange(rows)
 
-    def delta(self, layer: int, to: int) -> tuple[int, float, float]:
-        """What moving a layer to another plan adds: bytes, seconds, KL."""
-        at = self.picked[layer]
-        old, new = self.options[layer][at][1], self.options[layer][to][1]
-        size = new.device_bytes - old.device_bytes
-        old_key, key = self.keys[layer][at], self.keys[layer][to]
-        if key != old_key:
-            size += (0 if self.used[key] else self.sizes[key]) - (self.sizes[old_key] if self.used[old_key] == 1 else 0)
-        return size, new.seconds - old.seconds, new.kl - old.kl
+    def totals(self, picked: NDArray[np.int64]) -> tuple[float, float, float]:
+        """Bytes, seconds and KL of a choice; buffers that layers share count once."""
+        used = np.unique(self.keys[self.rows, picked])
+        size = self.bytes[self.rows, picked].sum() + self.sizes[used].sum()
+        return float(size), float(self.seconds[self.rows, picked].sum()), float(self.kl[self.rows, picked].sum())
+
+
+class _State:
+    """A choice for every layer and its totals."""
+
+    def __init__(self, table: _Table, picked: NDArray[np.int64]) -> None:
+        self.table, self.picked = table, picked.copy()
+        self.used = np.bincount(table.keys[table.rows, picked], minlength=len(table.sizes))
+        self.bytes, self.seconds, self.kl = table.totals(picked)
+
+    def deltas(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        """What moving a layer (row) to another plan (column) adds: bytes, seconds, KL."""
+        t, at = self.table, (self.table.rows, self.picked)
+        old = t.keys[at]
+        new_size = np.where(self.used[t.keys] == 0, t.sizes[t.keys], 0.0)
+        old_size = np.where(self.used[old] == 1, t.sizes[old], 0.0)
+        shared = np.where(t.keys == old[:, None], 0.0, new_size - old_size[:, None])
+        return t.bytes - t.bytes[at][:, None] + shared, t.seconds - t.seconds[at][:, None], t.kl - t.kl[at][:, None]
 
     def move(self, layer: int, to: int) -> None:
-        size, seconds, kl = self.delta(layer, to)
-        self.used[self.keys[layer][self.picked[layer]]] -= 1
-        self.used[self.keys[layer][to]] += 1
-        self.used += Counter()
+        t = self.table
+        self.used[t.keys[layer, self.picked[layer]]] -= 1
+        self.used[t.keys[layer, to]] += 1
         self.picked[layer] = to
-        self.bytes, self.seconds, self.kl = self.bytes + size, self.seconds + seconds, self.kl + kl
+        self.bytes, self.seconds, self.kl = t.totals(self.picked)
 
 
 def search(
@@ -95,36 +125,67 @@ def search(
 
     Notes
     -----
-    Greedy, from the smallest plans and from each plan that all layers can share; the best of what these end in. Every move is the
-    one that gains most per byte.
+    A choice with limits on sums is a knapsack problem with several constraints. Greedy descents, each move the one that gains
+    most per byte, from the smallest plans, from each plan that all layers can share, and from what is best layer by layer when
+    bytes and KL have prices (Lagrangian relaxation); the best of what these end in. A start beyond the memory is first brought
+    into it.
     """
-    pruned = [_pareto(layer) for layer in options]
-    starts = [
-        [
-            min(range(len(layer)), key=lambda p: (layer[p][1].device_bytes, layer[p][1].kl, layer[p][1].seconds))
-            for layer in pruned
-        ]
-    ]
-    for first, _ in pruned[0]:
-        same = [next((i for i, (plan, _) in enumerate(layer) if plan == first), None) for layer in pruned]
-        # Where a layer has no such plan, its own best.
-        starts.append([starts[0][i] if p is None else p for i, p in enumerate(same)])
-    keys = [[key(plan) for plan, _ in layer] for layer in pruned]
-    sizes: dict[Hashable, int] = {}
-    for layer, own in zip(pruned, keys, strict=True):
-        for (plan, _), k in zip(layer, own, strict=True):
-            if k not in sizes:
-                sizes[k] = shared(plan)
-    best: tuple[tuple[float, ...], list[Choice]] | None = None
-    for start in starts:
-        state = _State(pruned, keys, sizes, start)
+    table = _Table([_pareto(layer) for layer in options], key, shared)
+    best: tuple[tuple[float, ...], _State] | None = None
+    for start in _starts(table, limits):
+        state = _State(table, start)
+        _fit(state, limits)
         if limits.device_bytes is not None and state.bytes > limits.device_bytes:
             continue
         _descend(state, limits)
-        rank = _rank(state, limits)
+        rank = _rank(state.bytes, state.seconds, state.kl, limits)
         if best is None or rank < best[0]:
-            best = rank, [pruned[i][p] for i, p in enumerate(state.picked)]
-    return None if best is None else best[1]
+            best = rank, state
+    return None if best is None else [table.options[i][p] for i, p in enumerate(best[1].picked)]
+
+
+def _starts(table: _Table, limits: Limits) -> Iterator[NDArray[np.int64]]:
+    """Choices to go on from, each once."""
+    order = [
+        min(range(len(layer)), key=lambda p, at=layer: (at[p][1].device_bytes, at[p][1].kl, at[p][1].seconds))  # type: ignore[misc]
+        for layer in table.options
+    ]
+    smallest = np.array(order)
+    found = [smallest]
+    places = [{plan: p for p, (plan, _) in reversed(list(enumerate(layer)))} for layer in table.options]
+    for plan, _ in table.options[0]:
+        # Where a layer has no such plan, its own smallest.
+        found.append(np.array([at.get(plan, int(own)) for at, own in zip(places, smallest, strict=True)]))
+    found += _priced(table, limits)
+    seen: set[bytes] = set()
+    for start in found:
+        if start.tobytes() not in seen:
+            seen.add(start.tobytes())
+            yield start
+
+
+def _priced(table: _Table, limits: Limits) -> list[NDArray[np.int64]]:
+    """What is cheapest in every layer at prices of a byte and of a nat: the best within the memory, and what is least beyond."""
+
+    def spread(values: NDArray[np.float64]) -> float:
+        finite = np.where(np.isfinite(values), values, np.nan)
+        return float(np.nanmedian(np.nanmax(finite, axis=1) - np.nanmin(finite, axis=1))) or 1.0
+
+    seconds = spread(table.seconds)
+    by_bytes = [0.0, *(seconds / spread(table.bytes) * 10.0**x for x in np.arange(-2, 2.1, 0.5))]
+    by_kl = [0.0, *(seconds / spread(table.kl) * 10.0**x for x in np.arange(-2, 4.1, 0.5))]
+    valid = np.isfinite(table.seconds)
+    size, kl = (np.where(valid, x, 0.0) for x in (table.bytes, table.kl))
+    ranked = []
+    for byte, nat in itertools.product(by_bytes, by_kl):
+        picked = np.argmin(table.seconds + byte * size + nat * kl, axis=1)
+        totals = table.totals(picked)
+        over = 0.0 if limits.device_bytes is None else max(0.0, totals[0] / max(1, limits.device_bytes) - 1)
+        rank = _rank(*totals, limits)
+        ranked.append(((over, *rank), over + rank[0] / limits.kl if limits.kl else over, picked))
+    inside = sorted(ranked, key=lambda item: item[0])
+    near = sorted(ranked, key=lambda item: (item[1], item[0]))
+    return [picked for _, _, picked in (*inside[:_PRICED], *near[:_PRICED])]
 
 
 def _pareto(layer: Sequence[Choice]) -> list[Choice]:
@@ -136,49 +197,72 @@ def _pareto(layer: Sequence[Choice]) -> list[Choice]:
     return kept
 
 
-def _rank(state: _State, limits: Limits) -> tuple[float, ...]:
-    over_kl = max(0.0, state.kl - limits.kl * (1 + 1e-9))
-    over_time = 0.0 if limits.seconds is None else max(0.0, state.seconds - limits.seconds)
+def _rank(size: float, seconds: float, kl: float, limits: Limits) -> tuple[float, ...]:
+    over_kl = max(0.0, kl - limits.kl * (1 + 1e-9))
+    over_time = 0.0 if limits.seconds is None else max(0.0, seconds - limits.seconds)
     first, second = (over_kl, over_time) if limits.firm else (over_time, over_kl)
-    cost = state.seconds if limits.seconds is None else state.bytes
-    return first, second, cost, state.seconds, state.kl
+    cost = seconds if limits.seconds is None else size
+    return first, second, cost, seconds, kl
+
+
+def _improve(
+    state: _State, wanted: Callable[[], bool], gain: int, kl: float | None = None, seconds: float | None = None,
+    room: float | None = None,
+) -> None:  # fmt: skip
+    """Move layers while that is wanted and brings something: the move that gains most per byte.
+
+    Parameters
+    ----------
+    gain : {0, 1, 2}
+        What is to become less: bytes, seconds, KL.
+    kl, seconds, room : float, optional
+        What KL, seconds and bytes must not exceed then.
+    """
+    while wanted():
+        change = state.deltas()
+        gained = -change[gain]
+        allowed = gained > _EPS
+        if kl is not None:
+            allowed &= state.kl + change[2] <= kl
+        if seconds is not None:
+            allowed &= state.seconds + change[1] <= seconds
+        if room is not None:
+            allowed &= state.bytes + change[0] <= room
+        if not allowed.any():
+            return
+        # Bytes are what runs out; between plans of equal size, the larger gain.
+        value = np.where(allowed, gained / np.maximum(1.0, np.where(allowed, change[0], 1.0)), -np.inf)
+        layer, to = np.unravel_index(int(value.argmax()), value.shape)
+        state.move(int(layer), int(to))
+
+
+def _fit(state: _State, limits: Limits) -> None:
+    """Bring a choice into the memory, at the least loss of time, of KL only where nothing else does."""
+    if limits.device_bytes is None:
+        return
+    for kl in (max(limits.kl, state.kl), np.inf):
+        while state.bytes > limits.device_bytes:
+            size, seconds, nats = state.deltas()
+            allowed = (size < 0) & (state.kl + nats <= kl)
+            if not allowed.any():
+                break
+            loss = np.where(allowed, np.maximum(seconds, 0.0) + _EPS, 1.0)
+            value = np.where(allowed, -size / loss, -np.inf)
+            layer, to = np.unravel_index(int(value.argmax()), value.shape)
+            state.move(int(layer), int(to))
 
 
 def _descend(state: _State, limits: Limits) -> None:
-    def improve(wanted: Callable[[], bool], gain: int, allowed: Callable[[tuple[int, float, float]], bool]) -> None:
-        while wanted():
-            best: tuple[float, int, int] | None = None
-            seen: set[tuple[int, int]] = set()
-            for i, layer in enumerate(state.options):
-                # Layers with the same options and the same choice would only say the same again.
-                if (state.kinds[i], state.picked[i]) in seen:
-                    continue
-                seen.add((state.kinds[i], state.picked[i]))
-                for p in range(len(layer)):
-                    if p == state.picked[i]:
-                        continue
-                    change = state.delta(i, p)
-                    gained = -change[gain]
-                    if gained <= _EPS or not allowed(change):
-                        continue
-                    if limits.device_bytes is not None and state.bytes + change[0] > limits.device_bytes:
-                        continue
-                    # Bytes are what runs out; between plans of equal size, the larger gain.
-                    value = gained / max(1.0, float(change[0]))
-                    if best is None or value > best[0]:
-                        best = value, i, p
-            if best is None:
-                return
-            state.move(best[1], best[2])
+    room = None if limits.device_bytes is None else float(limits.device_bytes)
 
     def slow() -> bool:
         return limits.seconds is None or state.seconds > limits.seconds
 
-    improve(lambda: state.kl > limits.kl, 2, lambda c: True)
-    improve(slow, 1, lambda c: state.kl + c[2] <= max(limits.kl, state.kl))
+    _improve(state, lambda: state.kl > limits.kl, 2, room=room)
+    _improve(state, slow, 1, kl=max(limits.kl, state.kl), room=room)
     if limits.seconds is not None and not limits.firm:
-        improve(slow, 1, lambda c: True)
+        _improve(state, slow, 1, room=room)
     if limits.seconds is None or slow():
         return
     # Within both limits: give back bytes, as long as they stay.
-    improve(lambda: True, 0, lambda c: state.kl + c[2] <= limits.kl and state.seconds + c[1] <= limits.seconds)  # type: ignore[operator]
+    _improve(state, lambda: True, 0, kl=limits.kl, seconds=limits.seconds, room=room)
