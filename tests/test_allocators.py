@@ -157,6 +157,9 @@ class Machine(RuleBasedStateMachine):
             assert self.pool.length(sequence) == len(text)
             for layer in range(SHAPE.layers):
                 assert torch.equal(read(self.pool, sequence, layer), rows_of(text, layer))
+                even = self.pool.even_runs(sequence, layer)
+                apart = [(at + i * step, tokens) for at, tokens, runs, step in even for i in range(runs)]
+                assert apart == self.pool.token_runs(sequence, layer)
 
     @invariant()
     def accounts(self):
@@ -285,6 +288,24 @@ def test_segments_grow_in_place_and_fill_the_smallest_hole():
     assert pool.block_table(made[5]).tolist() == [11, 12, 13, 14]
     # No run holds seven: the largest, then the next.
     assert pool.block_table(pool.allocate(7 * BLOCK)).tolist() == [15, 16, 17, 18, 19, 1, 2]
+
+
+def test_a_segment_is_one_run_of_blocks_in_every_layer():
+    """However long it is; its last block, where it is not full, and what lies elsewhere are others."""
+    pool = Segmented(block=BLOCK).open(SHAPE, 20 * BLOCK * SHAPE.token_bytes)
+    first = pool.allocate(9 * BLOCK)
+    second = pool.allocate(2 * BLOCK)
+    block, row = BLOCK * SHAPE.token_bytes, BLOCK * SHAPE.row_bytes
+    for layer in range(SHAPE.layers):
+        assert pool.even_runs(first, layer) == [(layer * row, BLOCK, 9, block)]
+    pool.extend(first, 3 * BLOCK + 1)
+    assert pool.even_runs(first, 1) == [
+        (row, BLOCK, 9, block),
+        (11 * block + row, BLOCK, 3, block),
+        (14 * block + row, 1, 1, 0),
+    ]
+    pool.free(second)
+    assert pool.even_runs(pool.allocate(0), 0) == []
 
 
 def test_paged_blocks_return_to_the_end_of_the_queue():

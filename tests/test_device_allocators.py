@@ -105,7 +105,7 @@ def test_lines_are_those_of_plain_tensors(name, dtype):
                         for row, parts in enumerate(rows):
                             wanted = torch.cat(parts, 1) if parts else torch.empty(3, 0, *form.tail, dtype=dtype)
                             pieces = store.pieces(row, 0, wanted.shape[1])
-                            found = torch.cat(pieces, 1) if pieces else wanted[:, :0]
+                            found = torch.cat([x.flatten(1, 2) for x in pieces], 1) if pieces else wanted[:, :0]
                             assert torch.equal(found, wanted)
                             if wanted.shape[1]:
                                 last = wanted.shape[1] - 1
@@ -122,6 +122,48 @@ def _through_table(store, row, place):
     return rows[at : at + store.kv_heads * store.form.row].view(store.kv_heads, *store.form.tail)
 
 
+@pytest.mark.parametrize("kind", ["paged", "segment"])
+def test_work_goes_with_the_pieces_of_memory_and_not_with_the_blocks(kind, monkeypatch):
+    """A chunk of a row is a copy, however many blocks it fills; all layers share one walk over a row's table; nothing moves."""
+    pytest.importorskip("triton")
+    from alaya_hf.engine.device.store import LayerPools, base
+    from alaya_hf.kernels.gpu.store_format import StoreFormat
+    from alaya_hf.registry import ALLOCATORS
+    from alaya_hf.storage.allocators import KVPool
+
+    layers, batch, chunk, chunks, cpu = 5, 2, 2048, 3, torch.device("cpu")
+    done = {"copies": 0, "walks": 0}
+
+    def counted(name, of):
+        def run(*arguments):
+            done[name] += 1
+            return of(*arguments)
+
+        return run
+
+    monkeypatch.setattr(base, "copy_parts", counted("copies", base.copy_parts))
+    monkeypatch.setattr(KVPool, "_runs", counted("walks", KVPool._runs))
+    pools, form, allocator = LayerPools(), StoreFormat(16, torch.float16), ALLOCATORS.build(kind)
+    stores = [pools.store(idx, layers, allocator, None, batch, 2, form, cpu) for idx in range(layers)]
+    rows = stores[0].pack(*torch.randn(2, 2, chunk, 16).half())
+    for start in range(0, chunks * chunk, chunk):
+        for store in stores:
+            store.grow(start + chunk, chunks * chunk, [start] * batch, layers, lambda: None)
+            for row in range(batch):
+                store.write(row, start, rows)
+    assert done == {"copies": chunks * layers * batch, "walks": chunks * batch}
+    stats = stores[0].group.pool.pool.stats
+    assert stats.copies == stats.bytes_copied == 0
+    for store in stores:  # rows grew in turns, so that each of their chunks lies by itself
+        pieces = store.pieces(1, 0, chunks * chunk)
+        assert len(pieces) == chunks and torch.equal(
+            torch.cat([x.flatten(1, 2) for x in pieces], 1), rows.repeat(1, 3, 1, 1)
+        )
+        assert [list(x.shape[1:3]) for x in store.pieces(0, 40, 104)] == {
+            "paged": [[1, 64]], "segment": [[1, 8], [3, 16], [1, 8]]
+        }[kind]  # fmt: skip
+
+
 def test_a_pool_of_a_given_size_refuses_what_does_not_fit():
     pytest.importorskip("triton")
     from alaya_hf.engine.device.store import LayerPools
@@ -135,7 +177,7 @@ def test_a_pool_of_a_given_size_refuses_what_does_not_fit():
     store.write(0, 0, rows)
     with pytest.raises(PoolFullError, match="larger pool"):
         store.grow(2049, 4096, [100], 1, lambda: None)
-    assert torch.equal(torch.cat(store.pieces(0, 0, 100), 1), rows)
+    assert torch.equal(torch.cat([x.flatten(1, 2) for x in store.pieces(0, 0, 100)], 1), rows)
     store.grow(2048, 4096, [100], 1, lambda: None)
 
 

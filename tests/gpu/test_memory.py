@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from alaya_hf import AlayaConfig
 from alaya_hf.device_layer import DeviceLayer
 from alaya_hf.engine.device.stream import copy_waits, stream_blocks
 from alaya_hf.errors import HostMemoryError
+from alaya_hf.kernels.gpu import copies
 from alaya_hf.kernels.gpu.host_memory import device_view
 from alaya_hf.storage import memory
 from alaya_hf.storage.pinned import PinnedPool, pinned_pool
@@ -83,12 +85,55 @@ def test_blocks_arrive_whole_and_in_order(pool, sizes):
     """Work on a block is slower than its copy: one that does not wait for the work on the block two before it shows."""
     sources = [pool.allocate((4, n, 2, 512), torch.float32).copy_(torch.randn(4, n, 2, 512)) for n in sizes]
     found, filler = [], torch.randn(2048, 2048, device="cuda")
-    for block in stream_blocks([[x] for x in sources], torch.device("cuda", 0)):
+    for block in stream_blocks([[x[:, None]] for x in sources], torch.device("cuda", 0)):
         filler = filler @ filler * 1e-3
         found.append(block.clone())
     assert len(found) == len(sources)
     for block, source in zip(found, sources, strict=True):
         assert torch.equal(block.cpu(), source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int8])
+@pytest.mark.parametrize("threads", [False, True])
+def test_parts_at_even_distances_cross_in_one_call(pool, dtype, threads, monkeypatch):
+    """Both ways, in the stream's order, also from a thread that CUDA does not know; what lies between stays."""
+    calls, real = [], copies._copy_rectangle
+    monkeypatch.setattr(copies, "_copy_rectangle", lambda *pair: calls.append(pair[0].shape) or real(*pair))
+    host = pool.allocate((300, 5, 16, 64), dtype).fill_(1)
+    data = torch.randint(-100, 100, (300, 16, 64), device="cuda").to(dtype)
+    back, filler = torch.zeros_like(data), torch.randn(4096, 4096, device="cuda")
+    wanted = data.clone()
+
+    def run():
+        nonlocal filler
+        for _ in range(10):
+            filler = filler @ filler * 1e-3
+        data.add_(1)  # late: a copy that does not wait for it takes the old numbers
+        copies.copy_parts(host[:, 3], data)
+        copies.copy_parts(back, host[:, 3])
+
+    torch.cuda.synchronize()
+    if threads:
+        worker = threading.Thread(target=run)
+        worker.start()
+        worker.join()
+    else:
+        run()
+    torch.cuda.synchronize()
+    assert len(calls) == 2 and torch.equal(back, wanted + 1) and torch.equal(host[:, 3], back.cpu())
+    assert bool((host[:, [0, 1, 2, 4]] == 1).all())
+
+
+def test_a_captured_copy_of_parts_is_replayed(pool):
+    host, data = pool.allocate((40, 3, 512), torch.float16).fill_(0), torch.ones(40, 512, device="cuda").half()
+    copies.copy_parts(host[:, 1], data)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        copies.copy_parts(host[:, 1], data)
+    data.fill_(2)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert bool((host[:, 1] == 2).all()) and not bool(host[:, ::2].any())
 
 
 def test_blocks_wait_for_what_the_device_still_writes(pool):
@@ -97,13 +142,13 @@ def test_blocks_wait_for_what_the_device_still_writes(pool):
     for _ in range(10):
         filler = filler @ filler * 1e-3
     host.copy_(torch.ones(host.shape, device="cuda"), non_blocking=True)
-    (block,) = stream_blocks([[host]], torch.device("cuda", 0))
+    (block,) = stream_blocks([[host[:, None]]], torch.device("cuda", 0))
     assert bool((block == 1).all())
 
 
 def test_giving_up_half_way_spoils_nothing(pool):
     sources = [pool.allocate((1, 65536, 2, 128), torch.float32).fill_(5) for _ in range(3)]
-    blocks = stream_blocks([[x] for x in sources], torch.device("cuda", 0))
+    blocks = stream_blocks([[x[:, None]] for x in sources], torch.device("cuda", 0))
     next(blocks)
     del blocks
     mine = [torch.zeros(1, 65536, 2, 128, device="cuda") for _ in range(6)]
@@ -143,10 +188,10 @@ def test_waits_for_copies_are_measured(pool):
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with copy_waits() as waits:
         begin.record()
-        for block in stream_blocks([[x] for x in host], torch.device("cuda")):
+        for block in stream_blocks([[x[:, None]] for x in host], torch.device("cuda")):
             assert block.shape == (2, 64 * MIB)
         end.record()
     assert len(waits.pairs) == 2 and 0 < waits.seconds() <= begin.elapsed_time(end) / 1e3
-    for _ in stream_blocks([[x] for x in host], torch.device("cuda")):
+    for _ in stream_blocks([[x[:, None]] for x in host], torch.device("cuda")):
         pass
     assert len(waits.pairs) == 2

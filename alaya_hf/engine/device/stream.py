@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from alaya_hf.engine.device.store.base import copy_lines, token_major
+from alaya_hf.engine.device.store.base import copy_lines, token_major, zip_pieces
 
 
 @lru_cache(maxsize=32)
@@ -61,21 +61,19 @@ def wait_for_copy(stream: torch.cuda.Stream, copied: torch.cuda.Event) -> None:
 
 def _arranged(pieces: Sequence[Tensor], tokens: int, device: torch.device) -> Tensor:
     """``[kv_heads, tokens, ...]`` on the device, in the order of the pieces."""
-    heads, _, *tail = pieces[0].shape
+    heads, _, _, *tail = pieces[0].shape
     if token_major(pieces[0]):
         return torch.empty(tokens, heads, *tail, dtype=pieces[0].dtype, device=device).transpose(0, 1)
     return torch.empty(heads, tokens, *tail, dtype=pieces[0].dtype, device=device)
 
 
 def _length(pieces: Sequence[Tensor]) -> int:
-    return sum(piece.shape[1] for piece in pieces)
+    return sum(piece.shape[1] * piece.shape[2] for piece in pieces)
 
 
 def _copy(target: Tensor, pieces: Sequence[Tensor]) -> None:
-    begin = 0
-    for piece in pieces:
-        copy_lines(target[:, begin : begin + piece.shape[1]], piece)
-        begin += piece.shape[1]
+    for piece, part in zip_pieces(pieces, target):
+        copy_lines(part, piece)
 
 
 def stream_blocks(sources: Sequence[Sequence[Tensor]], device: torch.device) -> Iterator[Tensor]:
@@ -87,8 +85,8 @@ def stream_blocks(sources: Sequence[Sequence[Tensor]], device: torch.device) -> 
     Parameters
     ----------
     sources : sequence of sequence of Tensor
-        The pieces of every block in order, ``[kv_heads, n, ...]`` each, one dtype and one order in memory, ``n`` may differ.
-        Pinned if the device is a GPU, and written, if at all, by what the current stream holds already.
+        The pieces of every block in order, ``[kv_heads, parts, n, ...]`` each, one dtype and one order in memory, parts and
+        ``n`` may differ. Pinned if the device is a GPU, and written, if at all, by what the current stream holds already.
     device : torch.device
 
     Returns
@@ -101,7 +99,8 @@ def stream_blocks(sources: Sequence[Sequence[Tensor]], device: torch.device) -> 
     Holds two blocks on the device.
     """
     if device.type != "cuda" or not sources:
-        return ((pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), 1)).to(device) for pieces in sources)
+        joined = ([piece.flatten(1, 2) for piece in pieces] for pieces in sources)
+        return ((lines[0] if len(lines) == 1 else torch.cat(lines, 1)).to(device) for lines in joined)
     size = max(map(_length, sources))
     main, side = torch.cuda.current_stream(device), side_stream(device, "read")
     buffers = [_arranged(sources[0], size, device) for _ in sources[:2]]

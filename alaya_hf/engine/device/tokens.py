@@ -16,7 +16,7 @@ from alaya_hf.engine.device.loader import Loader, Needed
 from alaya_hf.engine.device.plan import DevicePlan
 from alaya_hf.engine.device.shared import Counters, DeviceShared, after_pass, constant
 from alaya_hf.engine.device.store import LayerStore, TensorStore
-from alaya_hf.engine.device.store.base import copy_lines
+from alaya_hf.engine.device.store.base import copy_lines, zip_pieces
 from alaya_hf.engine.device.stored import StoredRun
 from alaya_hf.engine.device.stream import side_stream, stream_blocks, wait_for_copy
 from alaya_hf.engine.prefill import PrefillPass
@@ -408,7 +408,7 @@ class DeviceTokens:
                 self._written.record(side)
 
     def _pieces(self, row: int, start: int, stop: int) -> list[Tensor]:
-        """Places of a row where they lie in host memory, in order: ``[kv_heads, n, *form.tail]`` each, views."""
+        """Places of a row where they lie in host memory, in order: ``[kv_heads, parts, n, *form.tail]`` each, views."""
         if self.stored is None:
             return self.exact.pieces(row, start, stop) if start < stop else []
         first, last = self.stored.first, self.lasts[row]
@@ -418,7 +418,7 @@ class DeviceTokens:
             if begin >= end:
                 continue
             if first <= begin < last:
-                pieces.append(self.stored.places(begin, end))
+                pieces.append(self.stored.places(begin, end)[:, None])
             else:
                 line = self._own(row, begin)
                 pieces += self.exact.pieces(row, line, line + end - begin)
@@ -427,10 +427,9 @@ class DeviceTokens:
     def read_store(self, row: int, start: int, stop: int) -> Tensor:
         """Places of a row on the device: ``[kv_heads, stop - start, 2, head_dim]`` in the model's dtype."""
         self.settle()
-        rows, at = self.exact.buffer(max(0, stop - start)), 0
-        for piece in self._pieces(row, start, stop):
-            copy_lines(rows[:, at : at + piece.shape[1]], piece)
-            at += piece.shape[1]
+        rows = self.exact.buffer(max(0, stop - start))
+        for piece, part in zip_pieces(self._pieces(row, start, stop), rows):
+            copy_lines(part, piece)
         return self.form.unpack(rows, self.dtype)
 
     # The ring ---------------------------------------------------------------------------------------------------------
@@ -679,7 +678,8 @@ class DeviceTokens:
             window = torch.stack([self.window_k[0, :, first], self.window_v[0, :, first]], dim=2)
             pieces.append(window.to("cpu"))
         rows = self._pieces(0, self._places(start), self._places(stop))
-        return pieces + [self.form.unpack(piece, self.dtype) for piece in rows]
+        # Part by part: joined, they would be a copy.
+        return pieces + [self.form.unpack(part, self.dtype) for piece in rows for part in piece.unbind(1)]
 
     @_on_its_device
     def host_records(self, tiles: range) -> Tensor:

@@ -29,7 +29,14 @@ def _nvrtc() -> ctypes.CDLL:
 
 
 @lru_cache(maxsize=1)
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
+    """CUDA's driver.
+
+    Raises
+    ------
+    OSError
+        If there is none.
+    """
     return ctypes.CDLL("libcuda.so.1")
 
 
@@ -39,16 +46,22 @@ def available(device: int) -> bool:
     if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
-        _nvrtc(), _driver()
+        _nvrtc(), driver()
     except OSError:
         return False
     return True
 
 
-def _check(code: int, what: str) -> None:
+def check_driver(code: int, what: str) -> None:
+    """Refuse to go on after a call of the driver that failed.
+
+    Raises
+    ------
+    RuntimeError
+    """
     if code:
         text = ctypes.c_char_p()
-        _driver().cuGetErrorString(code, ctypes.byref(text))
+        driver().cuGetErrorString(code, ctypes.byref(text))
         raise RuntimeError(f"{what} failed: {(text.value or b'').decode()} ({code})")
 
 
@@ -60,13 +73,13 @@ class Kernel:
         with torch.cuda.device(device):
             torch.cuda.current_stream().synchronize()  # makes the device's primary context current
             self.module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
-            _check(_driver().cuModuleLoadData(ctypes.byref(self.module), image), "cuModuleLoadData")
-            _check(
-                _driver().cuModuleGetFunction(ctypes.byref(self.function), self.module, name.encode()),
+            check_driver(driver().cuModuleLoadData(ctypes.byref(self.module), image), "cuModuleLoadData")
+            check_driver(
+                driver().cuModuleGetFunction(ctypes.byref(self.function), self.module, name.encode()),
                 "cuModuleGetFunction",
             )
             # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-            _check(_driver().cuFuncSetAttribute(self.function, 8, shared), "cuFuncSetAttribute")
+            check_driver(driver().cuFuncSetAttribute(self.function, 8, shared), "cuFuncSetAttribute")
 
     def __call__(self, grid: tuple[int, int, int], threads: int, shared: int, arguments: list[Any]) -> None:
         """Launch. Tensors go as pointers, ints as 32-bit ints, floats as 32-bit floats."""
@@ -80,8 +93,8 @@ class Kernel:
                 held.append(ctypes.c_float(value))
         pointers = (ctypes.c_void_p * len(held))(*(ctypes.cast(ctypes.pointer(x), ctypes.c_void_p) for x in held))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _check(
-            _driver().cuLaunchKernel(self.function, *grid, threads, 1, 1, shared, stream, pointers, None),
+        check_driver(
+            driver().cuLaunchKernel(self.function, *grid, threads, 1, 1, shared, stream, pointers, None),
             "cuLaunchKernel",
         )
 

@@ -1,6 +1,6 @@
 """How memory for keys and values is handed out: the published strategies behind one protocol."""
 
-from alaya_hf.storage.allocators.base import Allocator, AllocatorStats, Extents, KVPool, TokenRun
+from alaya_hf.storage.allocators.base import Allocator, AllocatorStats, EvenRuns, Extents, KVPool, TokenRun
 from alaya_hf.storage.allocators.contiguous import Contiguous
 from alaya_hf.storage.allocators.dynamic import Dynamic
 from alaya_hf.storage.allocators.paged import Paged
@@ -15,6 +15,7 @@ __all__ = [
     "BlockTable",
     "Contiguous",
     "Dynamic",
+    "EvenRuns",
     "Extents",
     "KVPool",
     "KVShape",

@@ -30,6 +30,27 @@ class TokenRun(NamedTuple):
     tokens: int
 
 
+class EvenRuns(NamedTuple):
+    """Runs of equally many consecutive tokens, at even distances in memory: what one copy of rectangles takes.
+
+    Attributes
+    ----------
+    offset : int
+        Byte offset of the first row in the pool's arena.
+    tokens : int
+        Of each run.
+    runs : int
+        How many there are.
+    step : int
+        Bytes from a run to the next; 0 if there is one.
+    """
+
+    offset: int
+    tokens: int
+    runs: int
+    step: int
+
+
 @dataclass(frozen=True)
 class Extents:
     """Where a sequence lies, cut at the same tokens in all layers.
@@ -180,16 +201,22 @@ class KVPool(ABC, Generic[S]):
 
         Cost linear in the blocks of the sequence.
         """
-        extents = self._extents(self._state(sequence))
-        offsets = extents.offsets[layer]
-        tokens = np.diff(np.minimum(extents.starts, extents.tokens))
-        offsets, tokens = offsets[tokens > 0], tokens[tokens > 0]
+        return [TokenRun(*run) for run in zip(*(part.tolist() for part in self._runs(sequence, layer)), strict=True)]
+
+    def even_runs(self, sequence: int, layer: int) -> list[EvenRuns]:
+        """The same runs, those of neighbouring blocks together: as few as the sequence has pieces of memory.
+
+        Cost in Python linear in the pieces, in numpy in the blocks.
+        """
+        offsets, tokens = self._runs(sequence, layer)
         if not len(offsets):
             return []
-        first = np.flatnonzero(np.r_[True, offsets[1:] != offsets[:-1] + tokens[:-1] * self.shape.row_bytes])
-        return [
-            TokenRun(*run) for run in zip(offsets[first].tolist(), np.add.reduceat(tokens, first).tolist(), strict=True)
-        ]
+        step = self.block_step
+        apart = (offsets[1:] != offsets[:-1] + step) | (tokens[1:] != tokens[:-1])
+        first = np.flatnonzero(np.r_[True, apart])
+        counts = np.diff(np.r_[first, len(offsets)])
+        found = zip(offsets[first].tolist(), tokens[first].tolist(), counts.tolist(), strict=True)
+        return [EvenRuns(offset, size, count, step if count > 1 else 0) for offset, size, count in found]
 
     def rows(self, sequence: int, layer: int) -> list[Tensor]:
         """The same runs as strided views ``[kv_heads, tokens, 2, head_dim]``. Read only, and only until the next operation.
@@ -262,6 +289,11 @@ class KVPool(ABC, Generic[S]):
         return None
 
     @property
+    def block_step(self) -> int:
+        """Bytes from a block's rows in a layer to those of the block behind it in memory; 0 where those join."""
+        return 0
+
+    @property
     def stats(self) -> AllocatorStats:
         """Counters and sizes now. Linear in the blocks of all sequences."""
         reserved, used, (free, largest) = self._reserved(), self._used(), self._free_runs()
@@ -315,6 +347,17 @@ class KVPool(ABC, Generic[S]):
         """Copy what is shared of the tokens ``[start, stop)``."""
 
     # For the kinds.
+
+    def _runs(self, sequence: int, layer: int) -> tuple[np.ndarray, np.ndarray]:
+        """A layer's maximal runs in the order of the tokens: byte offsets and tokens, ``[n]`` int64 each."""
+        extents = self._extents(self._state(sequence))
+        offsets = extents.offsets[layer]
+        tokens = np.diff(np.minimum(extents.starts, extents.tokens))
+        offsets, tokens = offsets[tokens > 0], tokens[tokens > 0]
+        if not len(offsets):
+            return offsets, tokens
+        first = np.flatnonzero(np.r_[True, offsets[1:] != offsets[:-1] + tokens[:-1] * self.shape.row_bytes])
+        return offsets[first], np.add.reduceat(tokens, first)
 
     def _copy(self, source: int, target: int, size: int) -> None:
         self.arena.copy(source, target, size)

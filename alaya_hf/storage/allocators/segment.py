@@ -27,6 +27,11 @@ class SegmentPool(BlockedPool):
         """See :attr:`KVPool.layer_stride`."""
         return self.block * self.shape.row_bytes
 
+    @property
+    def block_step(self) -> int:
+        """See :attr:`KVPool.block_step`."""
+        return self.block_bytes
+
     def _take(self, count: int, last: int | None) -> np.ndarray:
         pieces = []
         if last is not None:

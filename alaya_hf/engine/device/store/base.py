@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from alaya_hf.kernels.gpu.copies import copy_parts
 from alaya_hf.kernels.gpu.store_format import StoreFormat
 from alaya_hf.kernels.gpu.store_table import StoreTable
 
@@ -76,7 +77,8 @@ class LayerStore(ABC):
 
     @abstractmethod
     def pieces(self, row: int, start: int, stop: int) -> list[Tensor]:
-        """Lines of a row where they lie, in order: ``[kv_heads, n, *form.tail]`` each, views in the order of :meth:`buffer`."""
+        """Lines of a row where they lie, in order: ``[kv_heads, parts, n, *form.tail]`` each, views in the order of
+        :meth:`buffer`, the parts of a piece at even distances."""
 
     @abstractmethod
     def buffer(self, tokens: int) -> Tensor:
@@ -88,23 +90,29 @@ class LayerStore(ABC):
 
     def write(self, row: int, start: int, rows: Tensor) -> None:
         """Write lines from :meth:`pack`, in the order of the current stream, without waiting for it."""
-        begin = 0
-        for piece in self.pieces(row, start, start + rows.shape[1]):
-            copy_lines(piece, rows[:, begin : begin + piece.shape[1]])
-            begin += piece.shape[1]
+        for piece, part in zip_pieces(self.pieces(row, start, start + rows.shape[1]), rows):
+            copy_lines(piece, part)
 
 
-def token_major(rows: Tensor) -> bool:
-    """Whether the heads of a token of ``[kv_heads, n, ...]`` lie side by side, and not the tokens of a head."""
-    return rows.shape[0] > 1 and rows.stride(0) < rows.stride(1)
+def zip_pieces(pieces: Sequence[Tensor], rows: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each piece ``[kv_heads, parts, n, ...]`` and what belongs to it of rows ``[kv_heads, tokens, ...]``, as a view alike."""
+    begin = 0
+    for piece in pieces:
+        parts, size = piece.shape[1:3]
+        yield piece, rows[:, begin : begin + parts * size].unflatten(1, (parts, size))
+        begin += parts * size
+
+
+def token_major(piece: Tensor) -> bool:
+    """Whether the heads of a token of ``[kv_heads, parts, n, ...]`` lie side by side, and not the tokens of a head."""
+    return piece.shape[0] > 1 and piece.stride(0) < piece.stride(2)
 
 
 def copy_lines(target: Tensor, source: Tensor) -> None:
-    """Copy ``[kv_heads, n, ...]`` between host and device as runs of bytes, both in the same order: a strided copy would go
-    through a buffer on the host, which would read before its turn."""
+    """Copy ``[kv_heads, parts, n, ...]`` between host and device as runs of bytes, both in the same order."""
     if token_major(source):
-        target.transpose(0, 1).copy_(source.transpose(0, 1), non_blocking=True)
+        copy_parts(target.movedim(0, 2), source.movedim(0, 2))
         return
-    # One copy per KV head, contiguous on both sides.
+    # One copy per KV head, whose parts are contiguous on both sides.
     for to, part in zip(target, source, strict=True):
-        to.copy_(part, non_blocking=True)
+        copy_parts(to, part)

@@ -12,7 +12,7 @@ from torch import Tensor
 from alaya_hf.engine.device.store.pool import HostPool, pool_bytes
 from alaya_hf.errors import PoolFullError
 from alaya_hf.kernels.gpu.store_format import StoreFormat
-from alaya_hf.storage.allocators import Allocator, KVShape, TokenRun
+from alaya_hf.storage.allocators import Allocator, EvenRuns, KVShape
 from alaya_hf.storage.transfer import transfer
 
 STEP = 1024  # tokens that sequences grow by
@@ -62,7 +62,7 @@ class Group:
         self._sequences: list[int] = []
         self._finalizer: weakref.finalize | None = None
         self._tables: dict[torch.device, Tensor] = {}
-        self._runs: dict[tuple[int, int], list[TokenRun]] = {}
+        self._runs: dict[tuple[int, int], list[EvenRuns]] = {}
         # What layers have done with the group: a fork made before is no fork of what is there now.
         self._done = 0
         self._forks: weakref.WeakValueDictionary[tuple[tuple[int, ...], ...], Group] = weakref.WeakValueDictionary()
@@ -202,14 +202,17 @@ class Group:
 
     # Where lines lie --------------------------------------------------------------------------------------------------
 
-    def runs(self, row: int, slot: int) -> list[TokenRun]:
-        """A layer's lines of a row in maximal runs, in bytes of the pool."""
+    def runs(self, row: int, slot: int) -> tuple[int, list[EvenRuns]]:
+        """Bytes of the pool before those that the runs of a layer count from, and its lines of a row in maximal runs."""
         if self.pool is None:
-            return []
-        found = self._runs.get((row, slot))
+            return 0, []
+        stride = self.pool.pool.layer_stride
+        # Walked once for all layers where they lie alike.
+        like = slot if stride is None else 0
+        found = self._runs.get((row, like))
         if found is None:
-            found = self._runs[row, slot] = self.pool.pool.token_runs(self._sequences[row], slot)
-        return found
+            found = self._runs[row, like] = self.pool.pool.even_runs(self._sequences[row], like)
+        return slot * (stride or 0), found
 
     def table(self, slot: int, device: torch.device) -> tuple[int, Tensor]:
         """Elements of the pool before those that the table of a layer counts from, and the table ``[batch, blocks]`` int64.

@@ -66,19 +66,32 @@ class PooledStore(LayerStore):
         self.group.own(used)
 
     def pieces(self, row: int, start: int, stop: int) -> list[Tensor]:
-        """See :meth:`LayerStore.pieces`: maximal runs."""
-        pool, found, begin = self.group.pool, [], 0
-        size = self.kv_heads * self.form.row
-        for offset, tokens in self.group.runs(row, self.slot):
-            first, last = max(begin, start), min(begin + tokens, stop)
-            if first < last and pool is not None:
-                at = offset // self.form.dtype.itemsize + (first - begin) * size
-                lines = pool.memory[at : at + (last - first) * size]
-                found.append(lines.view(last - first, self.kv_heads, *self.form.tail).transpose(0, 1))
-            begin += tokens
+        """See :meth:`LayerStore.pieces`: maximal runs, those of neighbouring blocks in one piece."""
+        found: list[Tensor] = []
+        shift, runs = self.group.runs(row, self.slot)
+        begin = 0
+        for offset, tokens, number, step in runs:
+            first, last = max(begin, start) - begin, min(begin + tokens * number, stop) - begin
+            while first < last:
+                part, within = divmod(first, tokens)
+                # Whole parts together; the piece that begins or ends within a part is one of its own.
+                parts = (last - first) // tokens if within == 0 else 0
+                size = tokens if parts else min(last - first, tokens - within)
+                found.append(self._lines(shift + offset + part * step, within, size, max(1, parts), step))
+                first += size * max(1, parts)
+            begin += tokens * number
             if begin >= stop:
                 break
         return found
+
+    def _lines(self, offset: int, first: int, tokens: int, parts: int, step: int) -> Tensor:
+        """``[kv_heads, parts, tokens, *form.tail]`` from line `first` of what lies at a byte of the pool on."""
+        pool, row = self.group.pool, self.form.row
+        assert pool is not None
+        line, item = self.kv_heads * row, self.form.dtype.itemsize
+        shape, strides = (self.kv_heads, parts, tokens, row), (row, step // item, line, 1)
+        lines = pool.memory[offset // item + first * line :].as_strided(shape, strides)
+        return lines.unflatten(3, self.form.tail) if len(self.form.tail) > 1 else lines
 
     def buffer(self, tokens: int) -> Tensor:
         """See :meth:`LayerStore.buffer`."""

@@ -60,7 +60,7 @@ class TensorStore(LayerStore):
 
     def pieces(self, row: int, start: int, stop: int) -> list[Tensor]:
         """See :meth:`LayerStore.pieces`."""
-        return [self.tensor[row, :, start:stop]] if start < stop else []
+        return [self.tensor[row, :, None, start:stop]] if start < stop else []
 
     def buffer(self, tokens: int) -> Tensor:
         """See :meth:`LayerStore.buffer`."""
