@@ -18,7 +18,7 @@ from alaya_hf import DIPR, AlayaCache, AlayaConfig, Recovery
 from alaya_hf.cache_argument import cache_argument
 from alaya_hf.errors import BudgetError, CalibrationError, ConfigError, ConflictError
 from alaya_hf.planner import ModelShape, Planner
-from alaya_hf.planner.calibration import Calibration, Line, load_calibration
+from alaya_hf.planner.calibration import Calibration, Gathers, Line, load_calibration
 from alaya_hf.planner.keeper import REVIEW, Keeper
 from alaya_hf.planner.layer_plan import Estimate, LayerPlan, wider
 from alaya_hf.planner.measure_host import fit_bent
@@ -258,6 +258,83 @@ def test_the_search_against_all_combinations(layers: Any, budget: int, slo: int 
     free = search(made, Limits(None, None, 10**9, True), lambda plan: None, lambda plan: 0)
     assert free is not None
     assert sum(e.seconds for _, e in free) == sum(min(e.seconds for _, e in layer) for layer in made)
+
+
+@given(options, st.integers(30, 150), st.integers(1, 100), st.randoms(use_true_random=False))
+def test_no_combination_of_two_plans_beats_the_search(layers: Any, budget: int, kl: int, random: Any) -> None:
+    """Layers that are alike: close to the best mix of two of their plans, also where every plan alone breaks a limit."""
+    base, layer = LayerPlan.of(AlayaConfig()), layers[0]
+    made = [
+        [(replace(base, store_dtype=str(i)), Estimate(0, 0, 1, e[2], e[1], e[1], e[0], 0, 0)) for i, e in enumerate(layer)]
+    ] * 4  # fmt: skip
+    found = search(made, Limits(budget, None, kl, True), lambda plan: None, lambda plan: 0)
+    mixes = [[a] * n + [b] * (4 - n) for a, b in itertools.product(range(len(layer)), repeat=2) for n in range(5)]
+    good = [
+        sum(layer[i][1] for i in mix) for mix in mixes
+        if sum(layer[i][0] for i in mix) <= budget and sum(layer[i][2] for i in mix) <= kl
+    ]  # fmt: skip
+    if good:
+        assert found is not None and sum(e.kl for _, e in found) <= kl
+        assert sum(e.seconds for _, e in found) <= 1.25 * min(good)
+
+
+def test_a_mix_is_found_whose_plans_alone_break_a_limit() -> None:
+    """One plan is fast and too large, one is small and slow; cheap ones lose too much. (Llama-3-8B's shape, 128K tokens.)"""
+    numbers = {"fast": (131.2, 92.9, 1.04e-3), "exact": (88.4, 165.0, 2.4e-4), "large": (165.5, 103.1, 8.6e-5),
+               "lossy": (88.4, 116.3, 2.96e-3), "small": (88.4, 77.2, 1.44e-1)}  # fmt: skip
+    base = LayerPlan.of(AlayaConfig())
+    layer = [
+        (replace(base, store_dtype=name), Estimate(0, 0, 1, loss / 32, time, time, int(size * 2**20), 0, 0))
+        for name, (size, time, loss) in numbers.items()
+    ]
+    found = search([layer] * 32, Limits(4_190_000_000, None, 1e-3, True), lambda plan: None, lambda plan: 0)
+    assert found is not None and sum(e.device_bytes for _, e in found) <= 4_190_000_000
+    assert sum(e.kl for _, e in found) <= 1e-3 * (1 + 1e-9)
+    assert sum(e.seconds for _, e in found) <= 1.01 * (26 * 92.9 + 6 * 165.0)
+
+
+# What fetching costs --------------------------------------------------------------------------------------------------
+
+
+def _costs(**stages: list[float]) -> Calibration:
+    known = load_calibration(GPU)
+    device = {name: line for name, line in known.device.items() if "@" not in name}
+    named = {name.replace("__", "@"): Line(*line) for name, line in stages.items()}
+    return replace(known, device={**device, **named})
+
+
+@given(st.integers(0, 300_000), st.integers(0, 4096))
+def test_fetching_lies_between_the_contexts_measured(offloaded: int, fetched: int) -> None:
+    lines = {"gather": Line(9, 9), "gather@1000": Line(1, 2), "gather@200000": Line(3, 4, 1000, 10)}
+    cost = Gathers(lines)
+    low, high = sorted((lines["gather@1000"](fetched), lines["gather@200000"](fetched)))
+    found = sum(cost("gather", fetched, offloaded))
+    assert low * (1 - 1e-9) <= found <= high * (1 + 1e-9)
+    for tokens in (1000, 200_000):
+        assert sum(cost("gather", fetched, tokens)) == pytest.approx(lines[f"gather@{tokens}"](fetched))
+    assert sum(Gathers({"gather": Line(9, 9)})("gather", fetched, offloaded)) == 9 + 9 * fetched
+    assert cost("gather", fetched, offloaded, tail=True) == cost("gather", fetched, offloaded)
+
+
+def test_an_slo_is_held_against_the_95th_percentile() -> None:
+    """Plans that fetch much and are at times slow are as good as others as a rule, and no good for an SLO."""
+    line = [5e-6, 9e-8]
+    calm = _costs(gather__500000=line, gather_tail__500000=line)
+    wild = _costs(gather__500000=line, gather_tail__500000=[*line, 600, 5e-6])
+    wanted = AlayaConfig(engine="device", kl=1e-3, slo="22ms")
+    before, after = (Planner(wanted, GPU, costs).plan(524_288) for costs in (calm, wild))
+    assert before.tail == pytest.approx(before.seconds) and not before.warnings and not after.warnings
+    assert max(e.fetched for _, e in after.layers) < max(e.fetched for _, e in before.layers)
+    assert after.seconds <= after.tail <= 0.022
+    free = AlayaConfig(engine="device", kl=1e-3)
+    assert Planner(free, GPU, wild).plan(524_288).layers[0][0] == Planner(free, GPU, calm).plan(524_288).layers[0][0]
+
+
+def test_room_to_spare_is_that_of_95th_percentiles() -> None:
+    rows = [{"plan": "x", "predicted": 1.0, "measured": 1.0, "predicted_tail": 1.1, "tail": 1.1 * over} for over in
+            (0.9, 1.0, 1.05, 1.2)]  # fmt: skip
+    costs = replace(load_calibration(GPU), report=tuple(rows))
+    assert costs.margin("device") == pytest.approx(1.05) and costs.margin("host") == 1 and costs.median_error == 0
 
 
 # Running --------------------------------------------------------------------------------------------------------------
