@@ -33,6 +33,7 @@ from eval.planner_pareto import (
     planned,
     plot,
     shape_of,
+    surely_less,
     tracks,
     with_columns,
 )
@@ -304,6 +305,15 @@ def judged(
         for name, items in given.items()
     }
     losses = {name: [weight[key[0]] * (100 - own[key]) for key in order] for name, own in scores.items()}
+    # Items of one document share its text: those that are sure item by item are also asked document by document.
+    documents = [(key[0], next(iter(given.values()))[key]["document"]) for key in order]
+    by_document = {
+        name: [
+            sum(loss for loss, of in zip(own, documents, strict=True) if of == each)
+            for each in dict.fromkeys(documents)
+        ]
+        for name, own in losses.items()
+    }
     ours = {name for name in given if name.startswith(_OURS)}
     table = []
     for row in compared({name: found[name] for name in given}, losses, ours):
@@ -320,23 +330,40 @@ def judged(
             "retrieved": None if None in retrieved else statistics.fmean(retrieved),
             "engine": track.engine, "replays": track.replays, "plans": track.plans, "moves": track.moves,
         }  # fmt: skip
-        table.append(with_columns(row, columns))
+        surer = [
+            other
+            for other in filter(None, row["surely"].split("; "))
+            if surely_less(by_document[other], by_document[name], statistics.fmean)
+        ]
+        table.append({**with_columns(row, columns), "surely, by document": "; ".join(surer)})
     return table, counts
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:
     """How many of the planner's settings are below the front of the fixed configurations."""
     ours = [row for row in rows if row["planner"]]
-    below = [row["configuration"].removeprefix(_OURS) for row in ours if not row["on the front"]]
-    surely = [row["configuration"].removeprefix(_OURS) for row in ours if row["surely"]]
-    text = f"{len(below)} of {len(ours)} planner's settings are below the front of the fixed configurations"
-    text += f" ({'; '.join(below)})" if below else ""
-    return f"{text}, {len(surely)} of them surely" + (f" ({'; '.join(surely)})" if surely else "")
+
+    def named(found: list[Mapping[str, Any]]) -> str:
+        names = "; ".join(row["configuration"].removeprefix(_OURS) for row in found)
+        return f"{len(found)} ({names})" if found else "0"
+
+    below = [row for row in ours if row["beaten by"]]
+    return (
+        f"of {len(ours)} settings of the planner, below the front (a fixed configuration is faster and scores higher): "
+        f"{named(below)}; surely: {named([row for row in below if row['surely']])}, with documents resampled instead of items: "
+        f"{named([row for row in below if row['surely, by document']])}. Others that a faster one equals in score: "
+        f"{named([row for row in ours if row['equalled by'] and not row['beaten by']])}"
+    )
 
 
 def selection(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The planner's settings, the front, presets and full attention."""
-    return [row for row in rows if row["planner"] or row["on the front"] or "," not in row["configuration"]]
+    """The planner's settings, the front, presets and full attention; how many faster ones equal or beat them, not which."""
+    counted = ("equalled by", "beaten by")
+    return [
+        {**row, **{column: len(row[column].split("; ")) if row[column] else 0 for column in counted}}
+        for row in rows
+        if row["planner"] or row["on the front"] or "," not in row["configuration"]
+    ]
 
 
 def stages_of(text: str) -> tuple[str, ...]:

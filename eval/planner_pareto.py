@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import random
 import statistics
@@ -174,7 +175,8 @@ def compared(
     -------
     list of dict
         ``beaten by``: fixed configurations whose median time and mean loss are both less; ``surely``: of those, the ones for
-        which both differences, pair by pair, hold in 97.5 % of bootstrap resamples.
+        which both differences, pair by pair, hold in 97.5 % of bootstrap resamples; ``equalled by``: faster ones that lose as
+        much. On the front is what has neither.
     """
     time_of = {name: statistics.median(track.seconds) for name, track in found.items()}
     loss_of = {name: statistics.fmean(losses[name]) for name in found}
@@ -194,20 +196,28 @@ def compared(
             if surely_less(found[other].seconds, found[name].seconds, statistics.median)
             and surely_less(losses[other], losses[name], statistics.fmean)
         ]
+        equal = [
+            other
+            for other in found
+            if other not in promised
+            and time_of[other] < time_of[name]
+            and math.isclose(loss_of[other], loss_of[name], rel_tol=0, abs_tol=1e-9)
+        ]
         ordered = sorted(found[name].seconds)
         rows.append(
             {
                 "configuration": name, "planner": name in promised, "ms per token": 1e3 * time_of[name],
                 "95th percentile ms": 1e3 * ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))],
-                "on the front": not beaten, "beaten by": "; ".join(sorted(beaten)), "surely": "; ".join(sorted(surely)),
+                "on the front": not beaten and not equal, "equalled by": "; ".join(sorted(equal)),
+                "beaten by": "; ".join(sorted(beaten)), "surely": "; ".join(sorted(surely)),
             }
         )  # fmt: skip
     return rows
 
 
 def with_columns(row: dict[str, Any], columns: dict[str, Any]) -> dict[str, Any]:
-    """A row of :func:`compared` with more columns before the last three, its verdict."""
-    return {**dict(list(row.items())[:-3]), **columns, **dict(list(row.items())[-3:])}
+    """A row of :func:`compared` with more columns before the last four, its verdict."""
+    return {**dict(list(row.items())[:-4]), **columns, **dict(list(row.items())[-4:])}
 
 
 def table(found: dict[str, Track], promised: set[str]) -> list[dict[str, Any]]:
@@ -270,17 +280,20 @@ def plot(
     figure, axis = plt.subplots(figsize=(9.5, 5.5))
     kinds = {"flat": "v", "quantized": "o", "graph": "^"}
     plain = [row for row in rows if not row["planner"]]
-    for kind, marker in {**kinds, "preset": "s"}.items():
+    for number, (kind, marker) in enumerate({**kinds, "preset": "s"}.items()):
         here = [
             r
             for r in plain
             if (r["configuration"].rpartition(", ")[2] if ", " in r["configuration"] else "preset") == kind
         ]
-        axis.scatter(
-            [r["ms per token"] for r in here], [height(r) for r in here], marker=marker, s=28, alpha=0.7,
-            label=f"fixed, {kind}" if kind in kinds else "presets",
-        )  # fmt: skip
+        if here:
+            axis.scatter(
+                [r["ms per token"] for r in here], [height(r) for r in here], marker=marker, s=28, alpha=0.7,
+                color=f"C{number}", label=f"fixed, {kind}" if kind in kinds else "presets",
+            )  # fmt: skip
+    slowest = max(row["ms per token"] for row in rows)
     front = sorted((r["ms per token"], height(r)) for r in plain if r["on the front"])
+    front += [(slowest, y) for _, y in front[-1:]]
     axis.step(
         [x for x, _ in front], [y for _, y in front], where="post", color="grey", lw=1, label="front of the fixed"
     )
@@ -291,9 +304,17 @@ def plot(
     )  # fmt: skip
     for row in [*ours, *(r for r in plain if "," not in r["configuration"])]:
         text = row["configuration"].removeprefix("planner, ")
-        axis.annotate(text, (row["ms per token"], height(row)), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        # Scores are often equal: leaning texts stay apart.
+        axis.annotate(
+            text, (row["ms per token"], height(row)), fontsize=7, xytext=(4, 3), textcoords="offset points",
+            rotation=0 if logarithmic else 40,
+        )  # fmt: skip
     if logarithmic:
         axis.set_yscale("log")
+    else:
+        axis.margins(y=0.15)
+    if slowest > 8 * min(row["ms per token"] for row in rows):
+        axis.set_xscale("log")
     axis.set_xlabel("median time per token (ms)")
     axis.set_ylabel(label)
     axis.grid(True, which="major", alpha=0.25)

@@ -42,7 +42,8 @@ def made_up(scores: dict[str, dict[str, float]]) -> list[dict[str, Any]]:
     """Rows of systems that score the same on every item of a task."""
     return [
         {
-            "system": system, "task": task, "item": str(i), "metrics": {"length": score + 0.01 * (i % 3)},
+            "system": system, "task": task, "item": str(i), "document": str(i // 2),
+            "metrics": {"length": score + 0.01 * (i % 3)},
             "fidelity": {"kl": 1 - score, "top1": score},
         }
         for system, own in scores.items()
@@ -62,8 +63,9 @@ def test_who_is_below_the_front() -> None:
         "planner, KL 1": {"long": 0.4, "short": 0.7},
         "planner, KL 2": {"long": 0.6, "short": 0.7},
         "planner, KL 3": {"long": 0.8, "short": 0.79},
+        "planner, KL 4": {"long": 0.8, "short": 0.8},
     }
-    times = dict(zip(scores, (0.010, 0.020, 0.011, 0.0105, 0.02005), strict=True))
+    times = dict(zip(scores, (0.010, 0.020, 0.011, 0.0105, 0.02005, 0.021), strict=True))
     tasks = [replace(TASK, name=name) for name in ("long", "short")]
     found = {name: steps(seconds) for name, seconds in times.items()}
     rows, counts = judged(made_up(scores), found, tasks)
@@ -75,7 +77,11 @@ def test_who_is_below_the_front() -> None:
     assert by["planner, KL 1"]["beaten by"] == by["planner, KL 1"]["surely"] == "beta 10, window 64, flat"
     assert by["planner, KL 2"]["on the front"] and not by["planner, KL 2"]["surely"]
     assert by["planner, KL 3"]["beaten by"] == "full"
-    assert "2 of 3" in verdict(rows) and "(KL 1; KL 3)" in verdict(rows)
+    assert by["planner, KL 1"]["surely, by document"] == "beta 10, window 64, flat"
+    assert "of 4 settings" in verdict(rows) and "higher): 2 (KL 1; KL 3)" in verdict(rows)
+    # As good as a faster one is not beaten, and not on the front.
+    assert by["planner, KL 4"]["equalled by"] == "full" and not by["planner, KL 4"]["beaten by"]
+    assert not by["planner, KL 4"]["on the front"] and "in score: 1 (KL 4)" in verdict(rows)
     assert {row["configuration"] for row in selection(rows)} == set(scores)
 
 
@@ -189,12 +195,23 @@ def test_from_times_to_the_verdict(run) -> None:
     assert (run.folder / "times.json").read_bytes() == before and not (run.folder / "rows.jsonl").exists()
     loaded = run.loaded
     assert run("--stage", "judge").exit_code == 0 and run.loaded == loaded
-    assert "of 2 planner's settings are below the front" in run.text and "4 of words, 2 of more" in run.text
+    assert "of 2 settings of the planner" in run.text and "4 of words, 2 of more" in run.text
     with (run.folder / "legal.csv").open() as file:
         rows = {row["configuration"]: row for row in csv.DictReader(file)}
     assert set(rows) == set(NAMES) and float(rows["full"]["KL"]) == 0
     assert float(rows["preset full"]["score"]) == float(rows["full"]["score"])
     assert (run.folder / "legal.png").stat().st_size
+
+
+def test_the_same_by_kl(run, monkeypatch) -> None:
+    for name in ("fixed", "long_contracts"):
+        monkeypatch.setattr(eval.planner_command, name, getattr(eval.planner_legal, name))
+    assert run("--part", "pareto").exit_code == 0, run.text
+    with (run.folder / "pareto.csv").open() as file:
+        rows = {row["configuration"]: row for row in csv.DictReader(file)}
+    # Transformers' own cache is not among them: full is the preset.
+    assert set(rows) == {*NAMES} - {"preset full"} and abs(float(rows["full"]["KL"])) < 1e-4
+    assert float(rows["full"]["retrieved"]) > 0 and rows["full"]["engine"] == "host"
 
 
 @pytest.mark.parametrize(
