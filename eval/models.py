@@ -39,6 +39,16 @@ def load(name: str, device: str = "cpu") -> tuple[Any, Any]:
     return model.to(device).eval(), AutoTokenizer.from_pretrained(name)
 
 
+def in_bfloat16(model: Any) -> Any:
+    """The model with its weights in bfloat16; rotary frequencies stay in float32, as ``from_pretrained`` leaves them.
+
+    ``model.to(torch.bfloat16)`` rounds the frequencies, too, which turns far positions by whole radians.
+    """
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.bfloat16)
+    return model
+
+
 @dataclass(frozen=True)
 class ModelEntry:
     """A model of a file such as ``configs/llama3_70b.yaml``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -12,15 +12,18 @@ from rich.progress import Progress
 from alaya_hf.planner import ModelShape
 from eval.data import long_contracts
 from eval.environment import describe
-from eval.models import load
+from eval.legal_command import shard_of
+from eval.models import in_bfloat16, load
 from eval.planner_grid_run import run_grid
+from eval.planner_legal import CHOSEN, LegalPareto, stages_of
 from eval.planner_pareto import WARM, fixed, measured_costs, planned, plot, table, tracks
 from eval.planner_quality import quality
 from eval.report import markdown, write_csv
+from eval.systems import System
 
 
 def planner(
-    part: Annotated[str, typer.Option(help="grid, quality, pareto, or both: grid and quality.")] = "both",
+    part: Annotated[str, typer.Option(help="grid, quality, pareto, legal, or both: grid and quality.")] = "both",
     device: Annotated[str, typer.Option(help="cpu: the host engine; cuda: the device engine.")] = "cpu",
     contexts: Annotated[str, typer.Option(help="Context lengths of the grid. [default: by device]")] = "",
     shape: Annotated[
@@ -43,11 +46,20 @@ def planner(
     recoveries: Annotated[str, typer.Option(help="Targets.")] = "0.9,0.95,0.98",
     kls: Annotated[str, typer.Option(help="Targets.")] = "0.01,0.001,0.0001",
     indexes: Annotated[str, typer.Option(help="Of the fixed configurations.")] = "flat,quantized,graph",
+    tasks: Annotated[str, typer.Option(help="Legal tasks whose scores count.")] = ",".join(CHOSEN),
+    items: Annotated[int, typer.Option(help="Items a legal task.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of documents, needles and questions.")] = 0,
+    stage: Annotated[
+        str, typer.Option(help="Of the legal part: times, scores, judge (needs no model), or all of them.")
+    ] = "all",
+    shard: Annotated[
+        str, typer.Option(help="RANK/COUNT: score this part of the documents and nothing else, after --stage times.")
+    ] = "",
     output: Annotated[Path, typer.Option(help="Folder for tables and CSV.")] = Path("results/planner"),
 ) -> None:
     """The planner's choices against exhaustive search, and recovery, KL and error estimates against their true values."""
-    if part not in ("grid", "quality", "pareto", "both"):
-        raise typer.BadParameter(f"--part takes grid, quality, pareto or both, but got {part!r}")
+    if part not in ("grid", "quality", "pareto", "legal", "both"):
+        raise typer.BadParameter(f"--part takes grid, quality, pareto, legal or both, but got {part!r}")
     output.mkdir(parents=True, exist_ok=True)
     texts = [describe()]
     if part in ("grid", "both"):
@@ -58,10 +70,24 @@ def planner(
             int(n) for n in (contexts or ("8192,32768" if device == "cpu" else "32768,131072,524288")).split(",")
         )
         texts += run_grid(whole, lengths, "host" if device == "cpu" else "device", output, typer.echo, time_limit)
-    if part != "grid":
+    ratios, limits = (tuple(float(x) for x in text.split(",")) for text in (recoveries, kls))
+    kinds = tuple(indexes.split(","))
+
+    def loaded() -> tuple[Any, Any]:
         network, tokenizer = load(model, device)
+        # The device engine reads no float32.
+        return (network if device == "cpu" or part == "quality" else in_bfloat16(network)), tokenizer
+
+    if part == "legal":
+        rank, count = shard_of(shard)
+        whole_run = LegalPareto(
+            model, device, data_dir, tuple(tasks.split(",")), tokens, items, seed, documents, skip, steps, kinds, ratios,
+            limits, output,
+        )  # fmt: skip
+        texts = whole_run.run(stages_of(stage), loaded, rank, count)
+    elif part != "grid":
+        network, tokenizer = loaded()
         documents_found = [ids for _, ids in long_contracts(data_dir, tokenizer, tokens, skip + documents)][skip:]
-        ratios, limits = (tuple(float(x) for x in text.split(",")) for text in (recoveries, kls))
     if part == "pareto":
         costs = measured_costs(network, output)
         ours = planned(ratios, limits)
@@ -71,16 +97,17 @@ def planner(
                 network,
                 documents_found,
                 steps,
-                {**fixed(indexes=indexes.split(",")), **ours},
+                [System(name, settings) for name, settings in {**fixed(indexes=kinds), **ours}.items()],
                 lambda: progress.advance(task),
             )
         rows = table(found, set(ours))
         write_csv(output / "pareto.csv", rows)
         plot(rows, output / "pareto.png")
-        title = f"{model}, {documents} contracts of {tokens} tokens, {steps} steps each; times from step {WARM + 1} on"
+        warm = WARM[network.device.type]
+        title = f"{model}, {documents} contracts of {tokens} tokens, {steps} steps each; times from step {warm + 1} on"
         shown = [row for row in rows if row["planner"] or row["on the front"]]
         texts += [title, f"calibration: median error {100 * (costs.median_error or 0):.0f} %", markdown(shown)]
-    elif part != "grid":
+    elif part not in ("grid", "legal"):
         init, local = (int(x) for x in window.split(","))
         with Progress() as progress:
             task = progress.add_task("quality", total=documents * (len(ratios) + len(limits) + 1))
@@ -91,6 +118,8 @@ def planner(
         write_csv(output / "doubts.csv", doubtful)
         title = f"{model}, {documents} contracts of {tokens} tokens, window {init} + {local}, {steps} steps each"
         texts += [title, markdown(kept), markdown(doubtful)]
+    if not texts:
+        return  # nothing to judge yet
     text = "\n\n".join(part for part in texts if part) + "\n"
     (output / "planner.md").write_text(text, encoding="utf-8")
     typer.echo(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ DEFAULT = (
 MATCHED = ("streaming_llm", "infllm", "quest", "topk")
 
 
-_MOST_WINDOWS = 4  # contexts held at once for systems with different windows
+_MOST_WINDOWS = 4  # contexts held at once for systems whose windows follow a budget
 
 
 class SystemUnavailable(RuntimeError):
@@ -178,6 +178,8 @@ class Context:
         Tokens per forward pass.
     prefill_model
         The same model on a faster device, for the prefill alone. Takes no queries for graphs.
+    windows : int
+        Copies of the offloaded context to hold at once, one per window.
     """
 
     def __init__(
@@ -188,12 +190,14 @@ class Context:
         sample_ratio: float = 0.0,
         chunk: int = 8192,
         prefill_model: Any = None,
+        windows: int = _MOST_WINDOWS,
     ) -> None:
         settings = AlayaConfig(window=window, min_context=0, sample_queries=sample_ratio or None)
         self.model, self.ids = model, ids
         taken = DynamicCache(config=model.config) if prefill_model is not None and not sample_ratio else None
         self.base = AlayaCache(settings, config=model.config)
         self._forks: dict[tuple[int, int], AlayaCache] = {}  # the last used comes last
+        self._windows = windows
         with torch.no_grad():
             for start in range(0, ids.shape[1], chunk):
                 piece = ids[:, start : start + chunk]
@@ -204,13 +208,22 @@ class Context:
         if taken is not None:
             self.base = AlayaCache.from_cache(taken, settings, device=model.device, config=model.config)
 
+    @classmethod
+    def for_systems(
+        cls, model: Any, ids: Tensor, window: tuple[int, int], systems: Sequence[System], **options: Any
+    ) -> Context:
+        """A context with what these systems ask of it: query vectors for graphs, and room for all their windows."""
+        own = {(s.settings.window.init, s.settings.window.local) for s in systems if s.settings is not None}
+        ratio = max((system.sample_ratio for system in systems), default=0.0)
+        return cls(model, ids, window, ratio, windows=max(_MOST_WINDOWS, len(own)), **options)
+
     def fork(self, settings: AlayaConfig) -> AlayaCache:
         """A copy for one answer. Indexes are built once per document, and the offloaded context is copied once per window."""
         window = (settings.window.init, settings.window.local)
         kept = self._forks.pop(window, None)
         if kept is None:
             kept = self.base.fork(self.base.settings.replace(window=settings.window))
-            while len(self._forks) >= _MOST_WINDOWS:
+            while len(self._forks) >= self._windows:
                 self._forks.pop(next(iter(self._forks)))
         self._forks[window] = kept
         return kept.fork(settings)

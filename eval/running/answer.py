@@ -21,10 +21,11 @@ from transformers import Cache, QuantizedCache
 
 from alaya_hf import AlayaCache
 from alaya_hf.cache_argument import cache_argument
+from alaya_hf.index import Coarse
 from alaya_hf.probes import Probe
 from eval.legal import Item, Output, Task
 
-#: Tokens of one pass over a cache that retrieves; longer ones would be attended exactly.
+#: Most tokens of one pass.
 PASS = 64
 
 
@@ -73,6 +74,16 @@ def _copied(cache: Cache) -> Cache:
     return other
 
 
+def longest_pass(cache: Cache) -> int:
+    """Most tokens of a pass that retrieves as single tokens do, up to :data:`PASS`; longer ones would be attended exactly."""
+    if not isinstance(cache, AlayaCache):
+        return PASS
+    configs = [layer.config for layer in cache.alaya_layers]
+    # The device engine takes blocks for single tokens alone.
+    limits = (1 if c.engine == "device" and isinstance(c.index, Coarse) else c.max_sparse_queries for c in configs)
+    return min(PASS, *limits)
+
+
 class Reader:
     """A cache with a document in it, and the means to ask about it and forget the question again.
 
@@ -87,6 +98,7 @@ class Reader:
         self.model, self.cache = model, cache
         # A quantised cache cannot drop tokens: each continuation starts from a copy.
         self._kept = _copied(cache) if isinstance(cache, QuantizedCache) else None
+        self._pass = longest_pass(cache)
 
     @property
     def crops(self) -> bool:
@@ -102,8 +114,8 @@ class Reader:
     def feed(self, ids: list[int]) -> Tensor:
         """Append ``ids`` and return the logits of the last pass, ``[tokens of the pass, vocabulary]``."""
         logits = torch.empty(0)
-        for start in range(0, len(ids), PASS):
-            piece = torch.tensor([ids[start : start + PASS]], device=self.device)
+        for start in range(0, len(ids), self._pass):
+            piece = torch.tensor([ids[start : start + self._pass]], device=self.device)
             logits = self.model(input_ids=piece, **cache_argument(self.cache)).logits[0]
         return logits
 
@@ -127,7 +139,7 @@ class Reader:
             Bring the cache back to where it was.
         """
         fed = [last, *ids[:-1]]
-        logprobs = [self.feed(fed[start : start + PASS]) for start in range(0, len(fed), PASS)]
+        logprobs = [self.feed(fed[start : start + self._pass]) for start in range(0, len(fed), self._pass)]
         if forget:
             self.forget(len(fed))
         return Scored(ids, torch.cat(logprobs).float().log_softmax(dim=-1))

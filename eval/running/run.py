@@ -94,8 +94,7 @@ class Runner:
         ids = encoded.input_ids
         # The last token is fed with the question: a prompt without one needs a token to ask with.
         filled = torch.tensor([ids[:-1]], device=self.model.device)
-        ratio = max((system.sample_ratio for system in self.systems), default=0.0)
-        context = Context(self.model, filled, self.window, ratio, prefill_model=self.prefill_model)
+        context = Context.for_systems(self.model, filled, self.window, self.systems, prefill_model=self.prefill_model)
         full = Reader(self.model, System("full").cache(context))
         budgets = self._budgets(task, length) if any(s.matched for s in self.systems) else {}
         for item, systems in work:
