@@ -248,7 +248,7 @@ def model(
         str, typer.Option(help="Systems, comma-separated.")
     ] = "full,offloaded,alaya,alaya, compiled blocks",
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
-    new: Annotated[int, typer.Option(help="Tokens to generate per system; slow ones generate 10.")] = 64,
+    new: Annotated[int, typer.Option(help="Tokens to generate per system; slow ones generate 16.")] = 64,
     layers: Annotated[int, typer.Option(help="Only so many of the model's layers; 0: all.")] = 0,
     device: Annotated[str, typer.Option(help="cuda, or cpu for stock caches.")] = "cuda",
     output: Annotated[
@@ -302,7 +302,7 @@ def _names(systems: str) -> list[str]:
 
 
 def _steps(name: str, new: int) -> int:
-    return min(new, 10) if name in SLOW else new
+    return min(new, 16) if name in SLOW else new
 
 
 def _row(name: str, model: Any, keys: Tensor, values: Tensor, batch: int, new: int) -> dict[str, Any]:

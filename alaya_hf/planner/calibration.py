@@ -135,8 +135,8 @@ class Calibration:
     reference : bool
         Whether the numbers are those that come with the package, and not this machine's.
     report : tuple of mapping
-        Whole steps: ``plan``, ``context``, ``predicted`` and ``measured`` seconds; of the device engine also the 95th percentile,
-        ``predicted_tail`` and ``tail``.
+        Whole steps: ``plan``, ``context``, ``predicted`` and ``measured`` seconds; of the device engine also ``cap``, and
+        ``predicted_tail`` and ``tail``, the 95th percentile.
     """
 
     hardware: str
@@ -160,15 +160,23 @@ class Calibration:
         middle = len(errors) // 2
         return errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
 
-    def margin(self, engine: str) -> float:
+    def margin(self, engine: str, cap: int | None = None) -> float:
         """What nine of ten whole steps of an engine stay within, times their estimates: 1 to 1.5; 1 without a report.
 
         Of 95th percentiles where the report has them.
+
+        Parameters
+        ----------
+        engine : {"host", "device"}
+        cap : int, optional
+            Of steps that select up to so many tokens per head alone, where the report has at least four: the more a step fetches,
+            the less its time is known.
         """
         rows = [row for row in self.report if str(row["plan"]).startswith("host:") == (engine == "host")]
+        alike = [row for row in rows if cap is not None and row.get("cap") == cap]
         pairs = [
             (row["tail"], row["predicted_tail"]) if "tail" in row else (row["measured"], row["predicted"])
-            for row in rows
+            for row in (alike if len(alike) >= 4 else rows)
         ]
         ratios = sorted(measured / predicted for measured, predicted in pairs if predicted > 0)
         return min(1.5, max(1.0, ratios[int(0.9 * (len(ratios) - 1))])) if ratios else 1.0

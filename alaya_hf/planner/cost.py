@@ -115,11 +115,15 @@ def _device_stages(
     return [*parts, read, stage(name if name in costs.device else "pass82", offloaded)]
 
 
-def _cut_stage(plan: LayerPlan) -> str:
-    """The stage that selects for a plan: the smallest one measured that holds its tokens."""
+def cut_cap(plan: LayerPlan) -> int:
+    """The smallest cap measured that holds the tokens which a plan of the device engine selects per query head."""
     cap = exact_cap(plan)
-    kind = "share" if isinstance(plan.query, Recovery) else "cut"
-    return f"{kind}{next((size for size in CUT_CAPS if size >= cap), CUT_CAPS[-1])}"
+    return next((size for size in CUT_CAPS if size >= cap), CUT_CAPS[-1])
+
+
+def _cut_stage(plan: LayerPlan) -> str:
+    """The stage that selects for a plan."""
+    return f"{'share' if isinstance(plan.query, Recovery) else 'cut'}{cut_cap(plan)}"
 
 
 def model_seconds(shape: ModelShape, calibration: Calibration, engine: str, graphs: str) -> float:

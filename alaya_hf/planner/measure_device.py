@@ -63,8 +63,8 @@ def measure_device(
     -------
     stages : dict of str to Line
     report : list of dict
-        Whole steps of one layer: ``plan``, ``context``, ``predicted`` (the sum of the stages) and ``measured``, seconds, and the
-        95th percentile of both, ``predicted_tail`` and ``tail``.
+        Whole steps of one layer: ``plan``, ``context``, ``cap``, ``predicted`` (the sum of the stages) and ``measured``, seconds,
+        and the 95th percentile of both, ``predicted_tail`` and ``tail``.
 
     Notes
     -----
@@ -139,8 +139,10 @@ def _has_room(shape: ModelShape, tokens: int) -> bool:
 class _Whole:
     """A whole step: the stages that it consists of, with their tokens, and what it took."""
 
-    def __init__(self, name: str, context: int, stages: dict[str, float], gathered: str, times: list[float]) -> None:
-        self.name, self.context, self.stages, self.gathered = name, context, stages, gathered
+    def __init__(
+        self, name: str, context: int, cap: int, stages: dict[str, float], gathered: str, times: list[float]
+    ) -> None:
+        self.name, self.context, self.cap, self.stages, self.gathered = name, context, cap, stages, gathered
         self.seconds, self.tail = statistics.median(times), sorted(times)[math.ceil(0.95 * len(times)) - 1]
 
     def _others(self, lines: Mapping[str, Line]) -> float:
@@ -156,7 +158,7 @@ class _Whole:
         others, tokens = self._others(lines), self.stages[self.gathered]
         own, tail = (sum(gathers(self.gathered, tokens, self.context, rare)) for rare in (False, True))
         return {
-            "plan": self.name, "context": self.context, "predicted": others + own, "measured": self.seconds,
+            "plan": self.name, "context": self.context, "cap": self.cap, "predicted": others + own, "measured": self.seconds,
             "predicted_tail": others + tail, "tail": self.tail,
         }  # fmt: skip
 
@@ -212,7 +214,7 @@ def _measure_whole(
         parts["scores"] = tokens
     name = f"{bits[0]}-bit keys, {bits[1]}-bit values, {f'share {ratio:g}' if ratio < 1 else 'range'}, cap {cap}"
     name += ", 8-bit store" if gathered == "gather8" else ""
-    return _Whole(name, tokens, parts, gathered, timed([case.step for case in cases], _REPEATS))
+    return _Whole(name, tokens, cap, parts, gathered, timed([case.step for case in cases], _REPEATS))
 
 
 def _cut(cap: int, ratio: float) -> str:

@@ -9,7 +9,7 @@ from alaya_hf.config import AlayaConfig
 from alaya_hf.errors import BudgetError, ConfigError
 from alaya_hf.planner.calibration import Calibration, load_calibration
 from alaya_hf.planner.candidates import can_drive, candidates, engines, windows
-from alaya_hf.planner.cost import layer_seconds, model_seconds
+from alaya_hf.planner.cost import cut_cap, layer_seconds, model_seconds
 from alaya_hf.planner.layer_plan import Estimate, LayerPlan
 from alaya_hf.planner.memory import device_bytes, host_bytes, workspace_bytes
 from alaya_hf.planner.model_plan import ModelPlan, shared_key
@@ -290,7 +290,7 @@ class Planner:
                 settings.gpu_bytes, None if slo is None else slo - base, DEFAULT_KL if settings.kl is None else settings.kl,
                 settings.kl is not None,
             )  # fmt: skip
-            chosen = self._search(options, limits, engine, room, batch)
+            chosen = self._search(options, limits, room, batch)
             if chosen is None:
                 least = [min(layer, key=lambda choice: choice[1].device_bytes) for layer in options]
                 shared = {
@@ -307,24 +307,28 @@ class Planner:
         return result, 0
 
     def _search(
-        self, options: list[list[Choice]], limits: Limits, engine: str, room: int, batch: int
+        self, options: list[list[Choice]], limits: Limits, room: int, batch: int
     ) -> list[Choice] | None:  # fmt: skip
         """Plans within the limits; that of time is for the 95th percentile, with room for estimates as low as they tend to be."""
 
         def shared(plan: LayerPlan) -> int:
             return workspace_bytes(plan, self.shape, room, batch, self.passes(plan.engine))
 
-        margin = self.calibration.margin(engine)
         if limits.seconds is not None:
             options = [[(plan, replace(e, seconds=e.tail)) for plan, e in layer] for layer in options]
-        if limits.seconds is not None and margin > 1:
-            sure = replace(limits, seconds=limits.seconds / margin, firm=True)
-            found = search(options, sure, shared_key, shared)
+            sure = [
+                [(plan, replace(e, seconds=e.seconds * self._margin(plan))) for plan, e in layer] for layer in options
+            ]
+            found = search(sure, replace(limits, firm=True), shared_key, shared)
             # Room to spare gives way to quality, time does not.
             if found is not None and sum(e.kl for _, e in found) <= limits.kl * (1 + 1e-9):
-                if sum(e.seconds for _, e in found) <= limits.seconds:
+                if sum(e.seconds / self._margin(plan) for plan, e in found) <= limits.seconds:
                     return found
         return search(options, limits, shared_key, shared)
+
+    def _margin(self, plan: LayerPlan) -> float:
+        """What a plan's 95th percentile is taken for, times its estimate, where it has to stay within an SLO."""
+        return self.calibration.margin(plan.engine, cut_cap(plan) if plan.engine == "device" else None)
 
     def _reason(self, plan: LayerPlan, estimate: Estimate) -> str:
         if plan.reason:

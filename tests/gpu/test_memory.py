@@ -161,7 +161,8 @@ def test_a_chunked_prefill_never_holds_a_layer_at_full_precision():
     pytest.importorskip("triton")
     torch.manual_seed(0)
     tokens, chunk, kv_heads, dim, layers = 65536, 2048, 8, 128, 4
-    config = AlayaConfig(engine="device", min_context=0)
+    # Two blocks of the default size are as much as this context.
+    config = AlayaConfig(engine="device", min_context=0, prefill_block=8192)
     made = [DeviceLayer(config, i) for i in range(layers)]
     keys, values = torch.randn(2, kv_heads, tokens, dim).bfloat16()  # on the host, for the reference
     gc.collect()

@@ -139,10 +139,15 @@ def _most_layers(rows: Sequence[dict[str, Any]], shape: str) -> int:
 
 
 def _spread(rows: Iterator[dict[str, Any]], name: str) -> tuple[dict[str, Any], dict[str, Any], float] | None:
-    """Fastest, slowest, and how much more that is in per cent, of at least two: as measured, of however many layers."""
-    held = [row for row in rows if row["settings"]["allocation"] is not None and row.get(name)]
-    if len(held) < 2:
+    """Fastest, slowest, and how much more that is in per cent, of at least two: as measured, of the most layers that two ran."""
+    alike: dict[int, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["settings"]["allocation"] is not None and row.get(name):
+            alike.setdefault(row["settings"]["layers"], []).append(row)
+    most = max((layers for layers, held in alike.items() if len(held) > 1), default=None)
+    if most is None:
         return None
+    held = alike[most]
     low, high = min(held, key=lambda row: row[name]), max(held, key=lambda row: row[name])
     return low, high, 100 * (high[name] / low[name] - 1)
 
