@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 
 import pytest
 import torch
@@ -91,6 +92,12 @@ def test_to_the_host_and_back(name):
         assert report.calls == 1
 
 
+#: The device's free memory is everybody's: other test processes would be counted in.
+alone = pytest.mark.skipif(
+    "PYTEST_XDIST_WORKER" in os.environ, reason="counts the device's free memory, so it wants no other test beside it"
+)
+
+
 class TestVirtual:
     def test_work_in_flight_ends_before_pages_go(self):
         """A slow kernel still reads what is freed and mapped elsewhere at once."""
@@ -105,6 +112,7 @@ class TestVirtual:
         write(pool, pool.allocate(2048), 0, torch.zeros_like(data))
         assert all(torch.equal(x, y) for x, y in zip(found, data, strict=True))
 
+    @alone
     def test_memory_is_mapped_on_demand_and_given_back(self):
         pool = opened("virtual")
         torch.cuda.synchronize()
@@ -132,6 +140,7 @@ class TestVirtual:
         k, v = data[1][None].contiguous().unbind(3)
         torch.testing.assert_close(found, torch.nn.functional.scaled_dot_product_attention(q, k, v))
 
+    @alone
     def test_a_pool_that_dies_leaves_nothing(self):
         pool = opened("virtual")
         pool.rows(pool.allocate(10), 0)[0].fill_(1)  # what the first pool and the kernel leave in the driver

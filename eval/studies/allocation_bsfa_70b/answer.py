@@ -123,7 +123,11 @@ def answers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             note = "no row of resident keys fits"
         else:
             note = f"batches {largest or '-'} and {their_largest or '-'}" if room else ""
+        decoded = bool(ours or theirs)
         for what, bound, value, holds in lines:
+            # A context that only prefill was checked at has no other bounds.
+            if value is None and not decoded:
+                continue
             found.append({
                 "shape": place["shape"], "tokens": f"{place['context']:,}", "what": what, "bound": bound, "measured": value,
                 "holds": {True: "yes", False: "no", None: "not measured"}[holds],
@@ -208,6 +212,40 @@ def in_short(rows: Sequence[dict[str, Any]]) -> str:
 def _listed(names: Sequence[str]) -> str:
     ticked = [f"`{name}`" for name in names]
     return ticked[0] if len(ticked) == 1 else f"{', '.join(ticked[:-1])} and {ticked[-1]}"
+
+
+def strategies(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line per shape, context and strategy: what it does to times, memory and transfers. Empty where not measured.
+
+    Times are those of one document, of the most layers that two strategies ran, so that no line compares numbers of layers;
+    memory and transfers those of the most documents at a time.
+    """
+    found = []
+    for place in _places(rows):
+        timed: dict[tuple[str, str], float] = {}
+        for column, part, name, more in (
+            ("ms per token", "decode", "ms per token", {}),
+            ("first token s", "prefill", "first token s", {"prefill": "dense"}),
+            ("first token s, BSFA", "prefill", "first token s", {"prefill": "bsfa"}),
+        ):
+            held = [row for row in measured(rows, part=part, batch=1, **place, **more) if row["settings"]["allocation"]]
+            layers = [row["settings"]["layers"] for row in held if row.get(name)]
+            most = max((each for each in layers if layers.count(each) > 1), default=None)
+            for row in held:
+                if row["settings"]["layers"] == most and row.get(name):
+                    timed[row["settings"]["allocation"], column] = row[name]
+        batches = values(list(cells(rows, part="allocation", **place)), "batch")
+        for row in measured(rows, part="allocation", batch=max(batches, default=None), **place):
+            name = row["settings"]["allocation"]
+            times = {
+                column: timed.get((name, column)) for column in ("ms per token", "first token s", "first token s, BSFA")
+            }
+            found.append({
+                "shape": place["shape"], "tokens": f"{place['context']:,}", "strategy": name, **times,
+                "memory held / needed": row["held / needed"], "copies to move a document": row["calls per transfer"],
+                "requests refused": row["refused"],
+            })  # fmt: skip
+    return found
 
 
 def of_allocation(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -16,6 +16,7 @@ from eval.studies.allocation_bsfa_70b.answer import (
     of_memory,
     of_scaling,
     plausible,
+    strategies,
     values,
     wholest,
 )
@@ -45,6 +46,11 @@ these tables says anything about the quality of an answer**, and these neither:
 * Where **weights** says shared, all layers have one layer's weights, so that one device runs every layer of a model that it
   could not hold. A layer's weights are many times what the device's cache holds and come from its memory in every layer, as they
   would."""
+
+
+_TABLE = """\
+Times with one document on the GPU's engine, brought to all layers where **layers run** below says so; memory, copies and refusals
+with as many documents at a time as fit, in a pool of 1.2 times what they need. Empty: not measured, see **Not run**."""
 
 
 def _legal(quality: Path | None) -> list[str]:
@@ -130,7 +136,9 @@ def page(rows: Sequence[dict[str, Any]], quality: Path | None = None) -> str:
     everything = plausible(rows)
     rows = wholest(everything)
     claims, machines = answers(rows), values(rows, "device")
-    sentences = [*of_allocation(rows), *of_memory(rows), *of_bsfa(rows), *of_scaling(everything)]
+    sentences = [*of_bsfa(rows), *of_scaling(everything)]
+    details = [*of_allocation(rows), *of_memory(rows)]
+    table = strategies(rows)
     held = [claim["holds"] for claim in claims]
     count = {kind: held.count(kind) for kind in ("yes", "no", "not measured")}
     summary = f"{count['yes']} of {len(held)} bounds hold, {count['no']} do not, {count['not measured']} not measured."
@@ -140,7 +148,9 @@ def page(rows: Sequence[dict[str, Any]], quality: Path | None = None) -> str:
         "`cells.csv` of the results folder.",
         "## Answer",
         *filter(None, [in_short(rows)]),
-        "\n".join(f"* {sentence}" for sentence in sentences) if sentences else "Nothing has been measured yet.",
+        *([markdown(table), _TABLE] if table else []),
+        *(["\n".join(f"* {sentence}" for sentence in sentences)] if sentences else []),
+        *([] if table or sentences or details else ["Nothing has been measured yet."]),
         "## Against full attention on the same machine",
         f"{summary} Resident: the fastest of the baselines that keep all keys on the device, of which `resident` is full "
         "attention in a CUDA graph over buffers that never grow, without any cache of Transformers. Bytes of the cache are those "
@@ -158,6 +168,7 @@ def page(rows: Sequence[dict[str, Any]], quality: Path | None = None) -> str:
             "first token s", "measured s", "skipped tiles", "store", "host GB", "planned GB", "peak GB", "planned / measured",
         ))),
         "**Planned**: `alaya_hf.sharding.memory_plan` for the layers that ran, and the weights of those that did not.",
+        *(["## Strategy by strategy", "\n".join(f"* {each}" for each in details)] if details else []),
         "## Memory of the whole shape, planned",
         markdown(_planned(rows)),
         "**Most rows**: with the store in 8 bits where the host's memory asks for it; resident ones have weights, keys "
