@@ -28,7 +28,8 @@ numba.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip GPU tests where there is no GPU."""
+    """Tests in Triton's interpreter first, which take minutes each; skip GPU tests where there is no GPU."""
+    items.sort(key=lambda item: not item.name.startswith("test_in_interpreter"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")

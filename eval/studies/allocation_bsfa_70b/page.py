@@ -42,7 +42,8 @@ these tables says anything about the quality of an answer**, and these neither:
 * What is lost at that share: on a real model, [prefill.md](prefill.md) has the loss of BSFA's k and of `blasst`.
 * Times of fewer layers than the shape's are brought to all of them: of a decode step, and of what it keeps on the device, from
   two numbers of layers, in a straight line; of a prefill in proportion. Of cells that differ in the layers run, the one with the
-  most is shown. Over several GPUs the hand-over between them is in no time.
+  most is shown. Over several GPUs the hand-over between them is in no time; `python -m eval legal --config
+  configs/llama3_70b.yaml --random-weights` runs the shape over all GPUs of a machine, `make test-gpu` what is tested there.
 * Where **weights** says shared, all layers have one layer's weights, so that one device runs every layer of a model that it
   could not hold. A layer's weights are many times what the device's cache holds and come from its memory in every layer, as they
   would."""
