@@ -12,6 +12,8 @@ import transformers
 from hypothesis import HealthCheck, settings
 
 from alaya_hf.patches import prompt_guard, routing
+from tests.interpreted import INTERPRET_EVERY, INTERPRETED
+from tests.sampling import leave_out
 
 settings.register_profile(
     "alaya",
@@ -27,8 +29,10 @@ torch.set_num_threads(1)
 numba.set_num_threads(1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests in Triton's interpreter first, which take minutes each; skip GPU tests where there is no GPU."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests in Triton's interpreter first, which take minutes each, and a sample of their cases; no GPU tests without a GPU."""
+    if INTERPRETED:
+        leave_out(config, items, INTERPRET_EVERY, lambda item: item.name.startswith("test_case"))
     items.sort(key=lambda item: not item.name.startswith("test_in_interpreter"))
     if torch.cuda.is_available():
         return

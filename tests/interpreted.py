@@ -6,7 +6,13 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+#: One case in so many of each test is run in the interpreter; a GPU runs all of them. 1: all here, too.
+INTERPRET_EVERY = int(os.environ.get("INTERPRET_EVERY", "2"))
+#: What takes minutes in the interpreter.
+long = pytest.mark.skipif(INTERPRETED and INTERPRET_EVERY != 1, reason="takes minutes here: INTERPRET_EVERY=1 runs it")
 
 
 def run_cases(path: str) -> None:

@@ -17,7 +17,7 @@ from alaya_hf.probes import Probe
 from alaya_hf.storage import memory, pinned
 from alaya_hf.storage.pinned import PinnedPool
 from tests.gpu import layer_cases as cases
-from tests.interpreted import INTERPRETED, run_cases
+from tests.interpreted import INTERPRETED, long, run_cases
 
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_interpreter")
 
@@ -152,6 +152,7 @@ def test_case_short_pass(heads, kv_heads, begin, new, query, tight):
     cases.check_short_pass("cpu", heads, kv_heads, begin, new, cases.DEFAULT.replace(query=query))
 
 
+@long
 @inside
 def test_case_short_passes_of_unequal_rows(model, tight):
     cases.check_short_passes(model)

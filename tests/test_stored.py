@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from alaya_hf.storage.db.records import RecordFormat
 from tests.gpu import layer_cases
-from tests.interpreted import INTERPRETED, run_cases
+from tests.interpreted import INTERPRETED, long, run_cases
 
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs inside test_in_interpreter")
 
@@ -70,6 +70,7 @@ def test_case_shared(cases, model, tmp_path):
     cases.check_shared(model, tmp_path)
 
 
+@long
 @inside
 def test_case_branches(cases, model, tmp_path):
     cases.check_branches(model, tmp_path, prefer=1)

@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import functools
 import os
-import zlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from tests.contract import models
+from tests.sampling import leave_out
 
-#: Of each test's cases about one in so many is run, always the same ones, and always one.
+#: One case in so many is run.
 EVERY = int(os.environ.get("CONTRACT_EVERY", "1"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out all but the sample."""
-    if EVERY == 1:
-        return
-    seen: set[str] = set()
-    kept: list[pytest.Item] = []
-    left_out: list[pytest.Item] = []
-    for item in items:
-        test = item.nodeid.partition("[")[0]
-        first = test not in seen
-        seen.add(test)
-        here = "tests/contract/" not in item.nodeid or first or zlib.crc32(item.nodeid.encode()) % EVERY == 0
-        (kept if here else left_out).append(item)
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = kept
+    leave_out(config, items, EVERY, lambda item: "tests/contract/" in item.nodeid)
 
 
 @functools.cache
