@@ -260,9 +260,9 @@ def test_the_search_against_all_combinations(layers: Any, budget: int, slo: int 
     assert sum(e.seconds for _, e in free) == sum(min(e.seconds for _, e in layer) for layer in made)
 
 
-@given(options, st.integers(30, 150), st.integers(1, 100), st.randoms(use_true_random=False))
-def test_no_combination_of_two_plans_beats_the_search(layers: Any, budget: int, kl: int, random: Any) -> None:
-    """Layers that are alike: close to the best mix of two of their plans, also where every plan alone breaks a limit."""
+@given(options, st.integers(30, 150), st.integers(1, 100))
+def test_the_search_is_close_to_the_best_mix_of_two_plans(layers: Any, budget: int, kl: int) -> None:
+    """Layers that are alike: within the limits wherever a mix is, and not much slower; the search is greedy in the end."""
     base, layer = LayerPlan.of(AlayaConfig()), layers[0]
     made = [
         [(replace(base, store_dtype=str(i)), Estimate(0, 0, 1, e[2], e[1], e[1], e[0], 0, 0)) for i, e in enumerate(layer)]

@@ -19,6 +19,7 @@ from eval.studies.allocation_bsfa_70b.answer import (
     of_memory,
     of_scaling,
     plausible,
+    strategies,
     wholest,
 )
 from eval.studies.allocation_bsfa_70b.page import page
@@ -170,6 +171,14 @@ def test_bounds_and_sentences_follow_from_the_cells():
     assert "`segment` 10 to `paged` 11 ms, 10.0 % apart" in times
     assert "`paged` 1.00, `segment` 2.50" in memory and "100 times fewer" in memory and "`segment` 3;" in memory
     assert "2 s instead of 3 s, 1.50 times as fast with 50 % of the tiles skipped" in bsfa
+    lines = {line["strategy"]: line for line in strategies(rows)}
+    assert {name: line["ms per token"] for name, line in lines.items()} == {"paged": 88.0, "segment": 90.0}
+    assert lines["segment"]["memory held / needed"] == 2.5 and lines["paged"]["first token s"] is None
+    # Four layers of one strategy beside all of the others' say nothing.
+    few = _row(
+        "decode", system="alaya", allocation="dynamic", layers=4, found={"measured ms": 1.0, "ms per token": 2.0}
+    )
+    assert of_allocation([*rows, few]) == [times] and strategies([*rows, few]) == strategies(rows)
     text = page(rows)
     assert (
         "3 of 6 bounds hold" not in text

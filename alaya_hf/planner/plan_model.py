@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from alaya_hf.config import AlayaConfig
+from alaya_hf.config import AlayaConfig, WindowConfig
 from alaya_hf.errors import BudgetError, ConfigError
 from alaya_hf.planner.calibration import Calibration, load_calibration
 from alaya_hf.planner.candidates import can_drive, candidates, engines, windows
@@ -46,6 +46,7 @@ class Planner:
         self.calibration = load_calibration(shape) if calibration is None else calibration
         self.profile = load_profile(shape.name) if profile is None else profile
         self._alike: dict[tuple[object, ...], tuple[LayerPlan, ...]] = {}
+        self._margins: dict[tuple[str, int | None], float] = {}
 
     @staticmethod
     def room_for(context: int) -> int:
@@ -82,10 +83,8 @@ class Planner:
         mean = sum(share for _, share in groups) / len(groups)
         union = profile.union_of(shape.group) if plan.query.cut_again or shape.group > 1 else 1.0
         fetched = offloaded if plan.query.keeps_all else min(offloaded, count * union)
-        seconds, tail = (
-            layer_seconds(plan, shape, self.calibration, context, batch, fetched, correction, rare)
-            for rare in (False, True)
-        )
+        given = (plan, shape, self.calibration, context, batch, fetched, correction)
+        seconds = layer_seconds(*given)
         moved = 0.0 if plan.query.keeps_all and plan.engine == "device" else fetched * shape.token_bytes * batch
         return Estimate(
             tokens=count,
@@ -93,7 +92,7 @@ class Planner:
             recovery=min(share for _, share in groups),
             kl=0.0 if offloaded <= 0 else profile.kl(plan, mean) / shape.layers,
             seconds=seconds,
-            tail=tail,
+            tail=layer_seconds(*given, tail=True) if plan.engine == "device" else seconds,
             device_bytes=device_bytes(plan, shape, room, batch, self.passes(plan.engine)),
             host_bytes=host_bytes(plan, shape, room, batch),
             moved_bytes=moved,
@@ -212,7 +211,7 @@ class Planner:
         return best[1]
 
     def _options(
-        self, layer: int, engine: str, window: object, whole: int, context: int, batch: int, room: int,
+        self, layer: int, engine: str, window: WindowConfig, whole: int, context: int, batch: int, room: int,
         fixed: Sequence[LayerPlan] | None, correction: Mapping[str, float] | None, tokens: Sequence[float] | None,
     ) -> list[Choice]:  # fmt: skip
         """Plans of a layer that keep the recovery asked for, or come closest to it, with estimates."""
@@ -251,13 +250,15 @@ class Planner:
         most = max(estimate.recovery for _, estimate in found)
         return kept or [choice for choice in found if choice[1].recovery >= most - 1e-3]
 
-    def _candidates(self, number: int, engine: str, window: object, whole: int, store: str) -> Sequence[LayerPlan]:
+    def _candidates(
+        self, number: int, engine: str, window: WindowConfig, whole: int, store: str
+    ) -> Sequence[LayerPlan]:
         """Those of a layer; layers without settings of their own have the same."""
         settings = self.settings
         own = (number,) if settings.layers or settings.dense_layers else ()
         key = (engine, window, whole, store, *own)
         if key not in self._alike:
-            self._alike[key] = tuple(candidates(settings, number, self.shape, engine, window, whole, store))  # type: ignore[arg-type]
+            self._alike[key] = tuple(candidates(settings, number, self.shape, engine, window, whole, store))
         return self._alike[key]
 
     def _worth_it(self, found: list[Choice]) -> list[Choice]:
@@ -328,7 +329,10 @@ class Planner:
 
     def _margin(self, plan: LayerPlan) -> float:
         """What a plan's 95th percentile is taken for, times its estimate, where it has to stay within an SLO."""
-        return self.calibration.margin(plan.engine, cut_cap(plan) if plan.engine == "device" else None)
+        key = plan.engine, cut_cap(plan) if plan.engine == "device" else None
+        if key not in self._margins:
+            self._margins[key] = self.calibration.margin(*key)
+        return self._margins[key]
 
     def _reason(self, plan: LayerPlan, estimate: Estimate) -> str:
         if plan.reason:

@@ -146,11 +146,7 @@ def search(
 
 def _starts(table: _Table, limits: Limits) -> Iterator[NDArray[np.int64]]:
     """Choices to go on from, each once."""
-    order = [
-        min(range(len(layer)), key=lambda p, at=layer: (at[p][1].device_bytes, at[p][1].kl, at[p][1].seconds))  # type: ignore[misc]
-        for layer in table.options
-    ]
-    smallest = np.array(order)
+    smallest = np.array([min(enumerate(layer), key=_size)[0] for layer in table.options])
     found = [smallest]
     places = [{plan: p for p, (plan, _) in reversed(list(enumerate(layer)))} for layer in table.options]
     for plan, _ in table.options[0]:
@@ -162,6 +158,12 @@ def _starts(table: _Table, limits: Limits) -> Iterator[NDArray[np.int64]]:
         if start.tobytes() not in seen:
             seen.add(start.tobytes())
             yield start
+
+
+def _size(option: tuple[int, Choice]) -> tuple[float, ...]:
+    """What an option of a layer, with its place, is small by."""
+    _, (_, e) = option
+    return e.device_bytes, e.kl, e.seconds
 
 
 def _priced(table: _Table, limits: Limits) -> list[NDArray[np.int64]]:
